@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -68,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(
             f"this command needs the package {package}: pip install 'attnbias[{extra}]'"
         )
-    except BrokenPipeError:  # the reader of a pipe has gone: `attnbias list | head`
-        sys.stderr.close()
-        return 0
+    except BrokenPipeError:
+        # The reader has gone (`attnbias list | head`); keep the interpreter's last flush quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _complain(message: str) -> int:

@@ -1,0 +1,128 @@
+"""Marks of works, computed from the files of a checkout; and the texts made from the catalogue.
+
+    implemented   one of the work's test files has a class that inherits from a case of `tests/cases`
+                  (directly, or through a class of the same file), and the work's test files name
+                  every one of the work's objects. That those tests pass is what `make test` says.
+    shown,        one of the work's result files (JSON) has this mark under "mark", the work's id
+    reproduced    under "work", `true` under "passed", and says "command", "commit", "seeds",
+                  "environment" and "seconds"; for `reproduced` also "cell", the cited cell.
+
+`python -m attnbias.catalogue` writes what follows from them (`marks.json`, the README's table,
+the docs page); with `--check` it only says whether they are current.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attnbias.catalogue.rows import MARKS, Work
+
+RESULT_NAMES = ("command", "commit", "seeds", "environment", "seconds")
+BEGIN = "<!-- catalogue: made by `python -m attnbias.catalogue` -->"
+END = "<!-- end of catalogue -->"
+
+
+def compute(work: Work, root: Path) -> tuple[str, ...]:
+    """The marks that the files under `root` earn for one work, in the order of `MARKS`."""
+    earned = {mark for path in work.evidence if (mark := _result_mark(root / path, work.id))}
+    if _implemented(work, root):
+        earned.add("implemented")
+    return tuple(mark for mark in MARKS if mark in earned)
+
+
+def outputs(works: Sequence[Work], root: Path) -> dict[Path, str]:
+    """What each made file has to say: marks.json, README.md, docs/catalogue.md."""
+    marks = {work.id: list(compute(work, root)) for work in works}
+    readme = root / "README.md"
+    return {
+        root / "attnbias/catalogue/marks.json": json.dumps(marks, indent=2, sort_keys=True) + "\n",
+        readme: _between(readme.read_text(encoding="utf-8"), table(works, marks)),
+        root / "docs/catalogue.md": page(works, marks),
+    }
+
+
+def table(works: Sequence[Work], marks: dict[str, list[str]]) -> str:
+    """The catalogue as a Markdown table, one line a work."""
+    lines = ["| work | objects | marks |", "|---|---|---|"]
+    for work in works:
+        objects = ", ".join(f"`{path}`" for path in work.objects)
+        earned = ", ".join(marks[work.id]) or "none yet"
+        lines.append(f"| {work.title} ({work.year}) | {objects} | {earned} |")
+    return "\n".join(lines) + "\n"
+
+
+def page(works: Sequence[Work], marks: dict[str, list[str]]) -> str:
+    """The catalogue as a page: what each work claims, where it stands, what was read of it."""
+    blocks = [
+        "# Works",
+        "Made by `python -m attnbias.catalogue` from `attnbias/catalogue/works/`; "
+        "the marks are computed from tests and result files.",
+    ]
+    for work in works:
+        lines = [
+            f"## {work.title} ({work.year})",
+            "",
+            f"- id: `{work.id}`; family: {work.family}; source: {work.source}"
+            + (f"; arXiv {work.arxiv}" if work.arxiv else ""),
+            f"- claim: {work.claim}",
+            "- objects: " + ", ".join(f"`{path}`" for path in work.objects),
+            "- evidence: " + ", ".join(f"`{path}`" for path in work.evidence),
+            "- marks: " + (", ".join(marks[work.id]) or "none yet"),
+        ]
+        blocks.append("\n".join(lines + ([f"- note: {work.note}"] if work.note else [])))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _between(text: str, table: str) -> str:
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{table}{END}{tail}"
+
+
+def _implemented(work: Work, root: Path) -> bool:
+    trees = [
+        ast.parse((root / path).read_text(encoding="utf-8"))
+        for path in work.evidence
+        if path.endswith(".py") and (root / path).is_file()
+    ]
+    named = {name for tree in trees for node in ast.walk(tree) for name in _names(node)}
+    wanted = {path.rpartition(".")[2] for path in work.objects}
+    return any(_has_case(tree) for tree in trees) and wanted <= named
+
+
+def _names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Name):
+        return [node.id]
+    return [node.attr] if isinstance(node, ast.Attribute) else []
+
+
+def _has_case(tree: ast.Module) -> bool:
+    """Whether a class with tests' name inherits from something imported from `tests.cases`."""
+    known = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests.cases")
+        for alias in node.names
+    }
+    for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        if known & {name for base in node.bases for name in _names(base)}:
+            known.add(node.name)
+            if node.name.startswith("Test"):
+                return True
+    return False
+
+
+def _result_mark(path: Path, id: str) -> str | None:
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    needed = (*RESULT_NAMES, "cell") if result.get("mark") == "reproduced" else RESULT_NAMES
+    if result.get("work") != id or result.get("passed") is not True:
+        return None
+    if result.get("mark") not in ("shown", "reproduced") or any(n not in result for n in needed):
+        return None
+    return str(result["mark"])

@@ -1,0 +1,88 @@
+"""`attnbias explain`: which way of computing a biased attention is chosen for given sizes, and why."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from attnbias.errors import AttnbiasError
+
+if TYPE_CHECKING:
+    from attnbias.bias import Bias
+
+BIASES = ("none", "key", "alibi", "t5")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "explain", help="the ways to compute an attention with a bias, and the one chosen"
+    )
+    number = _positive
+    parser.add_argument("--bias", choices=BIASES, default="none", help="default: none")
+    parser.add_argument("--queries", type=number, required=True, metavar="N")
+    parser.add_argument("--keys", type=number, metavar="M", help="default: as many as queries")
+    parser.add_argument("--batch", type=number, default=1, help="default: 1")
+    parser.add_argument("--heads", type=number, default=8, help="query heads, default: 8")
+    parser.add_argument("--key-heads", type=number, help="default: as many as query heads")
+    parser.add_argument("--dim", type=number, default=64, help="width of a head, default: 64")
+    parser.add_argument("--causal", action="store_true", help="hide the keys after each query")
+    parser.add_argument("--window", type=number, metavar="W", help="only the last W keys, causal")
+    parser.add_argument("--train", action="store_true", help="gradients to query, key and value")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print `attnbias.explain`'s table for the sizes asked; returns 0."""
+    import torch
+
+    import attnbias as ab
+
+    keys = args.queries if args.keys is None else args.keys
+    key_heads = args.key_heads or args.heads
+    try:
+        device = torch.device(args.device)
+        like = torch.empty(0, dtype=getattr(torch, args.dtype), device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise AttnbiasError(f"--device {args.device!r} cannot be used here: {first}") from error
+    # Only sizes are read, so the values stay whatever the memory holds.
+    query = like.new_empty(args.batch, args.heads, args.queries, args.dim)
+    key = like.new_empty(args.batch, key_heads, keys, args.dim)
+    value = like.new_empty(args.batch, key_heads, keys, args.dim)
+    for tensor in (query, key, value):
+        tensor.requires_grad_(args.train)
+    bias = _bias(args, keys)
+    print(ab.explain(query, key, value, bias=bias, causal=args.causal))
+    return 0
+
+
+def _bias(args: argparse.Namespace, keys: int) -> Bias | None:
+    import torch
+
+    import attnbias as ab
+
+    bias: Bias | None = None
+    if args.bias == "key":
+        bias = ab.KeyBias(torch.zeros(keys, device=args.device))
+    elif args.bias == "alibi":
+        bias = ab.forms.ALiBi(heads=args.heads)(args.queries, keys, device=args.device)
+    elif args.bias == "t5":
+        table = torch.zeros(32, args.heads, device=args.device)
+        bias = ab.forms.T5(heads=args.heads, table=table)(args.queries, keys)
+    if args.window is not None:
+        window = ab.Window(args.window - 1, 0, args.queries, keys)
+        bias = window if bias is None else bias + window
+    return bias
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return number
