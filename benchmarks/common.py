@@ -1,7 +1,7 @@
 """What every benchmark shares: the header of a result, files, tables, progress.
 
 A result file says how it was made: command, commit, seeds, machine, versions, start and duration.
-Timing lives in `benchmarks.timing`, peak memory of a fresh process in `benchmarks.memory`.
+Timing lives in `benchmarks.timing` and peak memory in `benchmarks.memory`; both are named here too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,37 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.memory import ChildFailed, fresh, peak_bytes
+from benchmarks.timing import Timing, interleave, rounds_for
+
+__all__ = [
+    "IMAGES",
+    "RESULTS",
+    "ROOT",
+    "SCRATCH",
+    "ChildFailed",
+    "Timing",
+    "commit",
+    "cpu_model",
+    "duration",
+    "fingerprint",
+    "fresh",
+    "header",
+    "header_markdown",
+    "interleave",
+    "machine",
+    "markdown_table",
+    "memory_bytes",
+    "now",
+    "peak_bytes",
+    "progress",
+    "rounds_for",
+    "save_figure",
+    "versions",
+    "write_json",
+    "write_text",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -162,7 +193,9 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Save a matplotlib figure whole or not at all, without the date and version it would embed."""
-    _replace(path, lambda temporary: figure.savefig(temporary, dpi=110, metadata={"Software": ""}))
+    _replace(
+        path, lambda temporary: figure.savefig(temporary, dpi=110, metadata={"Software": None})
+    )
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

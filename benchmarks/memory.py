@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def peak_bytes() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Interleaved timing: the lines of a comparison take turns, so that a drift of the machine hits all."""
+"""Interleaved timing: lines take turns, so that a drift of the machine hits all of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Timing:
     def over(self, floor: Timing) -> dict[str, float]:
         """The ratio to another line of the same rounds.
 
-        `ratio` is the median over the floor's median; `ratio_low` and `ratio_high` are the quartiles
+        `ratio` is the median over the floor's median; `ratio_low`, `ratio_high` are the quartiles
         of the ratios of single rounds (both calls of one round ran next to each other).
         """
         pairs = sorted(a / b for a, b in zip(self.samples, floor.samples, strict=True))
@@ -71,26 +71,36 @@ def interleave(
     most: int = 40,
     warmups: int = 1,
     inspect: Callable[[str, Any], None] | None = None,
+    on_error: Callable[[str, Exception], None] | None = None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time every line once per round, in turns; the order is rotated by one from round to round.
 
     The first timed round decides how many follow (`rounds_for`). `warmups` rounds before it are
     thrown away. `inspect(name, result)` sees each line's first result, outside the timed region.
-    A line that raises stops the whole comparison: a missing sample would make the rounds unequal.
+    A line that raises is told to `on_error` and left out from there on; without `on_error` the
+    whole comparison stops.
     """
     if not lines:
         return {}
-    names = list(lines)
+    alive = dict(lines)
     seen: set[str] = set()
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in lines}
 
     def one_round(index: int, keep: bool) -> float:
         spent = 0.0
-        turn = index % len(names)
+        names = list(alive)
+        turn = index % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
             start = clock()
-            result = lines[name]()
+            try:
+                result = alive[name]()
+            except Exception as error:
+                if on_error is None:
+                    raise
+                del alive[name]
+                on_error(name, error)
+                continue
             taken = clock() - start
             spent += taken
             if keep:
@@ -107,7 +117,7 @@ def interleave(
         first = one_round(0, keep=True)
         for index in range(1, rounds_for(first, budget=budget, least=least, most=most)):
             one_round(index, keep=True)
-    return {name: Timing(tuple(samples[name])) for name in names}
+    return {name: Timing(tuple(samples[name])) for name in alive}
 
 
 @contextlib.contextmanager
