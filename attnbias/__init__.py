@@ -1,0 +1,85 @@
+"""attnbias: compute, see, shift and build with biased attention.
+
+Attention is a distribution over keys; a *bias* tilts it. The names that need transformers are loaded when
+they are first used: ``import attnbias`` needs PyTorch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attnbias import forms
+from attnbias.attention import attention, explain, merge
+from attnbias.bias import (
+    Bias,
+    Bucketed,
+    Causal,
+    Dense,
+    KeyBias,
+    MaskFunction,
+    Padding,
+    Relative,
+    Segments,
+    Window,
+)
+from attnbias.errors import AttnbiasError, Refused
+
+if TYPE_CHECKING:
+    from attnbias.hub import Support, prompt, sites, support
+    from attnbias.observe import observe, statistics
+    from attnbias.steer import Recipe, rules, steer
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Recipe": "attnbias.steer",
+    "Support": "attnbias.hub",
+    "observe": "attnbias.observe",
+    "prompt": "attnbias.hub",
+    "rules": "attnbias.steer",
+    "sites": "attnbias.hub",
+    "statistics": "attnbias.observe",
+    "steer": "attnbias.steer",
+    "support": "attnbias.hub",
+}
+
+__all__ = [
+    "AttnbiasError",
+    "Bias",
+    "Bucketed",
+    "Causal",
+    "Dense",
+    "KeyBias",
+    "MaskFunction",
+    "Padding",
+    "Recipe",
+    "Refused",
+    "Relative",
+    "Segments",
+    "Support",
+    "Window",
+    "attention",
+    "explain",
+    "forms",
+    "merge",
+    "observe",
+    "prompt",
+    "rules",
+    "sites",
+    "statistics",
+    "steer",
+    "support",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'attnbias' has no attribute {name!r}")
+    room = importlib.import_module(_LAZY[name])
+    # `attnbias.observe` and `attnbias.steer` are rooms that can be called like the function they hold.
+    return room if room.__name__ == f"attnbias.{name}" else getattr(room, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,23 @@
+"""What is added to the scores: lazy structured matrices and their algebra."""
+
+from attnbias.bias.base import Bias, Sum, add
+from attnbias.bias.bucketed import Bucketed
+from attnbias.bias.dense import Dense
+from attnbias.bias.key import KeyBias
+from attnbias.bias.masks import Causal, MaskFunction, Padding, Segments, Window
+from attnbias.bias.relative import Relative
+
+__all__ = [
+    "Bias",
+    "Bucketed",
+    "Causal",
+    "Dense",
+    "KeyBias",
+    "MaskFunction",
+    "Padding",
+    "Relative",
+    "Segments",
+    "Sum",
+    "Window",
+    "add",
+]

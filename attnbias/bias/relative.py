@@ -1,0 +1,98 @@
+"""A bias of the distance between query and key: a Toeplitz matrix kept as its diagonals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from attnbias.bias.base import Bias, length, narrow, stored
+from attnbias.errors import AttnbiasError
+
+
+class Relative(Bias):
+    """``B[i, j] = table[j - i + queries - 1]``: ALiBi, T5, KERPLE, periodic biases. Memory O(queries + keys).
+
+    Args:
+        table: ``(entries)``, ``(heads, entries)`` or ``(batch, heads, entries)`` with
+            ``entries = queries + keys - 1``; entry ``queries - 1 + offset`` is distance zero.
+        queries, keys: the lengths.
+        offset: position of query 0 minus position of key 0; by default ``keys - queries``.
+    """
+
+    may_mask = True
+
+    def __init__(
+        self, table: Tensor, *, queries: int, keys: int, offset: int | None = None
+    ) -> None:
+        table = stored(table, "table")
+        entries = max(queries + keys - 1, 0)
+        if not 1 <= table.ndim <= 3 or table.shape[-1] != entries:
+            raise AttnbiasError(
+                f"Relative(table) takes (..., queries + keys - 1) = (..., {entries}) with at most "
+                f"(batch, heads) before it, got shape {tuple(table.shape)}."
+            )
+        self.table = table.reshape((1,) * (3 - table.ndim) + tuple(table.shape))
+        self.queries, self.keys = queries, keys
+        self.offset = keys - queries if offset is None else offset
+
+    @property
+    def batch(self) -> int:
+        return self.table.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.table.shape[1]
+
+    def dense(self) -> Tensor:
+        assert self.queries is not None and self.keys is not None
+        if self.queries == 0 or self.keys == 0:
+            return self.table.new_zeros(self.batch, self.heads, self.queries, self.keys)
+        # Window a of the table is row queries - 1 - a.
+        return self.table.unfold(-1, self.keys, 1).flip(-2)
+
+    def transpose(self) -> Bias:
+        assert self.queries is not None and self.keys is not None and self.offset is not None
+        return Relative(
+            self.table.flip(-1), queries=self.keys, keys=self.queries, offset=-self.offset
+        )
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return (self.table,)
+
+    def _like(self, table: Tensor) -> Relative:
+        assert self.queries is not None and self.keys is not None
+        return Relative(table, queries=self.queries, keys=self.keys, offset=self.offset)
+
+    def _rebuild(self, parameters: Iterator[Tensor]) -> Bias:
+        return self._like(next(parameters))
+
+    def _select(self, batch: slice, heads: slice, rows: slice, cols: slice) -> Bias:
+        assert self.queries is not None and self.offset is not None
+        n, m = length(rows), length(cols)
+        start = cols.start - rows.start + self.queries - n
+        table = narrow(narrow(self.table, 0, batch), 1, heads)
+        entries = max(n + m - 1, 0)
+        part = (
+            table[..., start : start + entries]
+            if n and m
+            else table.new_zeros(*table.shape[:2], entries)
+        )
+        return Relative(part, queries=n, keys=m, offset=self.offset + rows.start - cols.start)
+
+    def _scaled(self, factor: float | Tensor) -> Bias:
+        scale = factor[..., None] if isinstance(factor, Tensor) else factor
+        return self._like(torch.where(self.table == -torch.inf, self.table, self.table * scale))
+
+    def _merge(self, other: Bias) -> Bias | None:
+        if (
+            isinstance(other, Relative)
+            and (other.queries, other.keys, other.offset) == (self.queries, self.keys, self.offset)
+            and all(
+                a == b or 1 in (a, b)
+                for a, b in zip(self.table.shape[:2], other.table.shape[:2], strict=True)
+            )
+        ):
+            return self._like(self.table + other.table)
+        return None

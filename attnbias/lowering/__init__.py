@@ -1,0 +1,6 @@
+"""How a problem is computed: one file per way, and the planner that chooses."""
+
+from attnbias.lowering.planner import LOWERINGS, Explanation, choose, offers
+from attnbias.lowering.problem import Lowering, Offer, Problem
+
+__all__ = ["LOWERINGS", "Explanation", "Lowering", "Offer", "Problem", "choose", "offers"]

@@ -1,0 +1,88 @@
+"""The planner: asks every lowering, takes the cheapest exact offer, and can say why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnbias.errors import AttnbiasError, Refused
+from attnbias.lowering.problem import Lowering, Offer, Problem
+from attnbias.lowering.reference import Reference
+from attnbias.lowering.sdpa import Sdpa
+from attnbias.lowering.strided import Strided
+from attnbias.lowering.tiled import Tiled
+
+LOWERINGS: dict[str, Lowering] = {
+    low.name: low for low in (Sdpa(), Strided(), Tiled(), Reference())
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The offers and refusals for a problem, and the choice. ``str()`` is a table.
+
+    Attributes:
+        chosen: name of the lowering that would run.
+        offers: one `Offer` per lowering, cheapest first, refusals last.
+        problem: shapes, dtype and bias in words.
+    """
+
+    chosen: str
+    offers: tuple[Offer, ...]
+    problem: str
+
+    def __str__(self) -> str:
+        head = ("", "lowering", "time", "extra memory", "error", "why")
+        rows = [head]
+        for offer in self.offers:
+            mark = "->" if offer.lowering == self.chosen else ""
+            if offer.refused:
+                rows.append((mark, offer.lowering, "refused", "", "", offer.reason))
+            else:
+                rows.append(
+                    (
+                        mark,
+                        offer.lowering,
+                        f"{offer.time:.2f} x",
+                        size_text(offer.memory),
+                        "exact" if offer.error == 0 else f"{offer.error:.1e}",
+                        offer.reason,
+                    )
+                )
+        widths = [max(len(r[c]) for r in rows) for c in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        note = (
+            "time: estimated, over the same attention without the bias "
+            "(causal: over causal attention)"
+        )
+        return "\n".join([self.problem, "", *lines, "", note])
+
+
+def size_text(count: int) -> str:
+    """Bytes for people."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    raise AssertionError
+
+
+def offers(problem: Problem) -> list[Offer]:
+    """All answers, the cheapest first. The stable sort keeps the order of preference among equals."""
+    return sorted((low.offer(problem) for low in LOWERINGS.values()), key=lambda o: o.time)
+
+
+def choose(problem: Problem, name: str | None = None) -> Lowering:
+    """The lowering that runs: the cheapest offer, or the one asked for by name."""
+    if name is None:
+        return LOWERINGS[offers(problem)[0].lowering]
+    if name not in LOWERINGS:
+        known = ", ".join(LOWERINGS)
+        raise AttnbiasError(f"lowering must be one of {known}, got {name!r}.")
+    offer = LOWERINGS[name].offer(problem)
+    if offer.refused:
+        raise Refused(f"lowering {name!r} refuses this problem: {offer.reason}.")
+    return LOWERINGS[name]

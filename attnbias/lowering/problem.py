@@ -1,0 +1,152 @@
+"""A `Problem`, its normal form, and what a lowering answers to it."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnbias.bias import Bias, KeyBias, Padding, Relative, Window, add
+from attnbias.bias.base import to_mask
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention to compute: ``softmax(scale q k^T + bias) v`` and its log-sum-exp.
+
+    Shapes: query ``(batch, heads, queries, size)``, key ``(batch, key heads, keys, size)``, value
+    ``(batch, key heads, keys, value size)``. A causal problem carries its mask in `bias`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Bias | None
+    scale: float
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def empty(self) -> bool:
+        return self.query.numel() == 0 or self.keys == 0
+
+    @property
+    def bias_gradient(self) -> bool:
+        """Whether a gradient to the stored parameters of the bias is wanted."""
+        return torch.is_grad_enabled() and self.bias is not None and self.bias.requires_grad
+
+    @functools.cached_property
+    def normal(self) -> Normal:
+        return Normal.of(self)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A bias sorted by what a lowering can do with it.
+
+    key: ``(batch | 1, heads | 1, keys)`` float, the key biases and paddings together, or None.
+    table: ``(batch | 1, heads | 1, queries + keys - 1)``, the relative biases together, or None.
+    low, high: the band of the windows, visible where ``low <= j - i <= high``; None is unlimited.
+    rest: everything else.
+    """
+
+    key: Tensor | None
+    table: Tensor | None
+    low: int | None
+    high: int | None
+    rest: tuple[Bias, ...]
+
+    @staticmethod
+    def of(problem: Problem) -> Normal:
+        terms = [] if problem.bias is None else problem.bias.terms()
+        low: int | None = None
+        high: int | None = None
+        keys: list[Bias] = []
+        tables: list[Tensor] = []
+        rest: list[Bias] = []
+        for term in terms:
+            if isinstance(term, Window):
+                first, last = term.band()
+                low = first if low is None else low if first is None else max(low, first)
+                high = last if high is None else high if last is None else min(high, last)
+            elif isinstance(term, KeyBias):
+                keys.append(term)
+            elif isinstance(term, Padding):
+                keys.append(KeyBias(to_mask(term.keep)[:, None]))
+            elif isinstance(term, Relative):
+                tables.append(term.table)
+            else:
+                rest.append(term)
+        key = add(*keys) if keys else None
+        # A band that hides nothing is no band.
+        if low is not None and low <= 1 - problem.queries:
+            low = None
+        if high is not None and high >= problem.keys - 1:
+            high = None
+        return Normal(
+            key=key.dense()[:, :, 0] if key is not None else None,
+            table=functools.reduce(torch.add, tables) if tables else None,
+            low=low,
+            high=high,
+            rest=tuple(rest),
+        )
+
+    @property
+    def band(self) -> bool:
+        return self.low is not None or self.high is not None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a lowering answers: an offer with its price, or a refusal with its reason.
+
+    time: estimated time over the same attention without a bias. memory: extra bytes over it.
+    error: bound on the error of a score beyond the rounding of the format (0: exact).
+    """
+
+    lowering: str
+    time: float = float("inf")
+    memory: int = 0
+    error: float = 0.0
+    reason: str = ""
+
+    @property
+    def refused(self) -> bool:
+        return self.time == float("inf")
+
+
+class Lowering(ABC):
+    """One way to compute a problem."""
+
+    name: str
+
+    @abstractmethod
+    def offer(self, problem: Problem) -> Offer:
+        """A price, or a refusal. Looks at shapes, structure and dtypes only; computes nothing large."""
+
+    @abstractmethod
+    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """``(output, lse)``; the output in the dtype of the query, rows without a key 0 and -inf."""
+
+    def refuse(self, reason: str) -> Offer:
+        return Offer(self.name, reason=reason)
+
+    def bid(self, time: float, memory: int = 0, reason: str = "") -> Offer:
+        return Offer(self.name, time=time, memory=memory, reason=reason)

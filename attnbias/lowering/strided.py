@@ -1,0 +1,204 @@
+"""A relative bias as a mask that needs no memory: flipped queries make a Toeplitz matrix a Hankel one.
+
+With the queries of a block in reverse order, entry ``(a, j)`` of the bias is ``table[start + a + j]``: a view
+of the table with strides (1, 1). The fused operator reads it as a mask. Windows and the causal mask are
+relative biases too; where they hide whole ranges of keys, blocks of queries skip those keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnbias.lowering import flash
+from attnbias.lowering.problem import Lowering, Offer, Problem
+
+# Queries of a block where keys can be skipped. Smaller blocks skip more, larger ones call less.
+BLOCK = 256
+
+
+class Strided(Lowering):
+    """`Relative`, `Window` and causal masks at any offset, without a matrix. Memory O(queries + keys)."""
+
+    name = "strided"
+
+    def offer(self, problem: Problem) -> Offer:
+        normal = problem.normal
+        if problem.bias_gradient:
+            return self.refuse("gives no gradient to the parameters of the bias")
+        if normal.table is None and not normal.band:
+            return self.refuse("nothing depends on the distance between query and key")
+        if normal.rest:
+            return self.refuse(f"{normal.rest[0]!r} is not a function of distance")
+        if normal.key is not None:
+            return self.refuse("a key bias is not a function of distance")
+        heads = 1 if normal.table is None else normal.table.shape[0] * normal.table.shape[1]
+        time = 1.04 if problem.queries >= 256 else 1.36
+        if normal.band:
+            # The floor of a causal problem is causal attention.
+            time += 0.14
+        return self.bid(time, 4 * heads * (problem.queries + problem.keys), "a view of the table")
+
+    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        query, key, value, wide = _equal_sizes(problem.query, problem.key, problem.value)
+        if problem.empty:
+            return flash.flash(problem.query, problem.key, problem.value, scale=problem.scale)
+        normal = problem.normal
+        out, lse = _Strided.apply(
+            query, key, value, strip(problem), normal.low, normal.high, problem.scale
+        )
+        return out[..., :wide], lse
+
+
+def _equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Zero columns until keys and values have one head size: without them the fused path is lost."""
+    size, wide = query.shape[-1], value.shape[-1]
+    pad = torch.nn.functional.pad
+    if wide < size:
+        value = pad(value, (0, size - wide))
+    elif wide > size:
+        query, key = (pad(t, (0, wide - size)) for t in (query, key))
+    return query, key, value, wide
+
+
+def strip(problem: Problem) -> Tensor:
+    """``(batch | 1, heads | 1, queries + keys - 1)``: the bias by diagonal, hidden diagonals at -inf."""
+    normal, n, m = problem.normal, problem.queries, problem.keys
+    if normal.table is None:
+        table = torch.zeros(1, 1, n + m - 1, device=problem.query.device)
+    else:
+        table = normal.table.detach().to(problem.query.device)
+    step = torch.arange(1 - n, m, device=table.device)
+    if normal.low is not None:
+        table = table.masked_fill(step < normal.low, -torch.inf)
+    if normal.high is not None:
+        table = table.masked_fill(step > normal.high, -torch.inf)
+    if table.dtype == torch.float64 and problem.query.dtype != torch.float64:
+        table = table.float()  # the operator reads float64 masks with float64 queries alone
+    return table.contiguous()
+
+
+def blocks(
+    n: int, m: int, low: int | None, high: int | None
+) -> Iterator[tuple[int, int, int, int]]:
+    """``(first row, last row + 1, first key, last key + 1)`` of every block that sees a key."""
+    if low is None and high is None:
+        yield 0, n, 0, m
+        return
+    for start in range(0, n, BLOCK):
+        stop = min(start + BLOCK, n)
+        first = 0 if low is None else min(max(start + low, 0), m)
+        last = m if high is None else min(max(stop + high, 0), m)
+        if last > first:
+            yield start, stop, first, last
+
+
+def hankel(
+    table: Tensor, shape: tuple[int, int], queries: int, stop: int, first: int, last: int
+) -> Tensor:
+    """The mask of rows up to `stop`, in reverse order, and keys ``first:last``: a view of `table`.
+
+    Row ``a`` is query ``stop - 1 - a``, so entry ``(a, j)`` is ``table[queries - stop + a + j]``.
+    """
+    rows = min(stop, queries)
+    batch, heads = shape
+    steps = [
+        0 if size == 1 else step
+        for size, step in zip(table.shape[:2], table.stride()[:2], strict=True)
+    ]
+    return table.as_strided(
+        (batch, heads, rows, last - first),
+        (steps[0], steps[1], 1, 1),
+        table.storage_offset() + queries - stop + first,
+    )
+
+
+class _Strided(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor,
+        low: int | None,
+        high: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        n, m = query.shape[2], key.shape[2]
+        flipped = query.flip(2)
+        out = torch.zeros_like(flipped, memory_format=torch.contiguous_format)
+        kind = flash.plain.working(query.dtype)
+        lse = torch.full(query.shape[:3], -torch.inf, dtype=kind, device=query.device)
+        whole = low is None and high is None
+        for start, stop, first, last in blocks(n, m, low, high):
+            mask = hankel(table, (query.shape[0], query.shape[1]), n, stop, first, last)
+            mask = mask[:, :, : stop - start]
+            part = slice(n - stop, n - start)
+            o, raw = flash.call(
+                flipped[:, :, part],
+                key[:, :, first:last],
+                value[:, :, first:last],
+                mask,
+                False,
+                scale,
+            )
+            if whole:
+                out = o
+            else:
+                out[:, :, part] = o
+            lse[:, :, part] = flash.hide_empty(raw, mask, False)
+        ctx.save_for_backward(flipped, key, value, out, lse, table)
+        ctx.band, ctx.scale = (low, high), scale
+        ctx.set_materialize_grads(False)
+        return out.flip(2), lse.flip(2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, table = ctx.saved_tensors
+        size, n, m = query.shape[-1], query.shape[2], key.shape[2]
+        grad = torch.zeros_like(out) if grad is None else grad.flip(2)
+        step = None if grad_lse is None else grad_lse.flip(2)
+        grad, query, key, value, out, _ = flash.with_lse_gradient(
+            grad, step, lse, query, key, value, out
+        )
+        # The operator wants its own value where a row sees nothing.
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+        parts = list(blocks(n, m, *ctx.band))
+        shape = (query.shape[0], query.shape[1])
+        if len(parts) == 1 and parts[0] == (0, n, 0, m):
+            mask = hankel(table, shape, n, n, 0, m)
+            dq, dk, dv = flash.call_backward(
+                grad, query, key, value, out, lse, mask, False, ctx.scale
+            )
+        else:
+            # Half formats would lose bits in a sum over blocks.
+            kind = flash.plain.working(query.dtype)
+            dq = torch.zeros_like(query)
+            dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
+            for start, stop, first, last in parts:
+                rows = slice(n - stop, n - start)
+                mask = hankel(table, shape, n, stop, first, last)[:, :, : stop - start]
+                a, b, c = flash.call_backward(
+                    grad[:, :, rows],
+                    query[:, :, rows],
+                    key[:, :, first:last],
+                    value[:, :, first:last],
+                    out[:, :, rows],
+                    lse[:, :, rows],
+                    mask,
+                    False,
+                    ctx.scale,
+                )
+                dq[:, :, rows] = a
+                dk[:, :, first:last] += b
+                dv[:, :, first:last] += c
+            dk, dv = dk.to(key.dtype), dv.to(value.dtype)
+        dq = dq[..., :size].flip(2)
+        return dq, dk[..., :size], dv[..., :size], None, None, None, None

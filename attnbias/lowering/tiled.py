@@ -1,0 +1,226 @@
+"""Any bias, exactly: tiles of queries are built by `Bias.block` and handed to the fused operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnbias.bias import Bias
+from attnbias.lowering import flash, plain
+from attnbias.lowering.problem import Lowering, Offer, Problem
+from attnbias.lowering.strided import _equal_sizes
+
+ROWS = 256
+ENTRIES = 2**22  # of one tile of the mask: 16 MB in float32
+
+
+class Tiled(Lowering):
+    """Always available. Memory O(tile); a tile that sees no key is skipped. Gradients to every parameter."""
+
+    name = "tiled"
+
+    def offer(self, problem: Problem) -> Offer:
+        if problem.bias is None:
+            return self.refuse("there is no bias to build tiles of")
+        keys = max(problem.keys, 1)
+        memory = 4 * min(ROWS, max(ENTRIES // keys, 1)) * keys
+        time = 3.5 if problem.bias_gradient else 1.2
+        return self.bid(time, memory, "tiles of the bias are built one by one")
+
+    def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        if problem.empty:
+            return flash.flash(problem.query, problem.key, problem.value, scale=problem.scale)
+        assert problem.bias is not None
+        query, key, value, wide = _equal_sizes(problem.query, problem.key, problem.value)
+        bias = problem.bias
+        out, lse = _Tiled.apply(query, key, value, bias.detach(), problem.scale, *bias.parameters())
+        return out[..., :wide], lse
+
+
+class _Tile:
+    """One tile: slices of batch, heads, key heads, rows and keys, and the part of the bias in it."""
+
+    def __init__(self, batch: slice, heads: slice, groups: slice, rows: slice, cols: slice) -> None:
+        self.batch, self.heads, self.groups, self.rows, self.cols = batch, heads, groups, rows, cols
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        return tensor[self.batch, self.heads, self.rows]
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        return tensor[self.batch, self.groups, self.cols]
+
+    def mask(self, bias: Bias, like: Tensor) -> Tensor:
+        tile = bias[self.batch, self.heads, self.rows, self.cols].dense()
+        return tile.to(like.device)
+
+
+def tiles(bias: Bias, query: Tensor, key: Tensor) -> Iterator[_Tile]:
+    """The tiles that see a key. A dimension that the bias broadcasts is one tile: its mask is built once."""
+    batch, heads, n = query.shape[:3]
+    m, group = key.shape[2], heads // key.shape[1]
+    rows = max(1, min(ROWS, ENTRIES // m))
+    if bias.heads == 1:
+        whole = [(slice(0, heads), slice(0, key.shape[1]))]
+    else:
+        whole = [(slice(h, h + 1), slice(h // group, h // group + 1)) for h in range(heads)]
+    parts = [slice(0, batch)] if bias.batch == 1 else [slice(b, b + 1) for b in range(batch)]
+    for part in parts:
+        seen = bias if len(parts) == 1 else bias[part, :, :, :]
+        for start in range(0, n, rows):
+            row = slice(start, min(start + rows, n))
+            first, last = _span(seen, row, m)
+            if last <= first:
+                continue
+            for head, key_head in whole:
+                yield _Tile(part, head, key_head, row, slice(first, last))
+
+
+def _span(bias: Bias, rows: slice, keys: int) -> tuple[int, int]:
+    if bias.keys is None:
+        return 0, keys
+    first, last = bias.span(rows)
+    return first, min(last, keys)
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Bias,
+        scale: float,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        kind = plain.working(query.dtype)
+        lse = torch.full(query.shape[:3], -torch.inf, dtype=kind, device=query.device)
+        for tile in tiles(bias, query, key):
+            mask = _mask(tile, bias, query)
+            o, raw = flash.call(
+                tile.queries(query), tile.keys(key), tile.keys(value), mask, False, scale
+            )
+            tile.queries(out).copy_(o)
+            tile.queries(lse).copy_(flash.hide_empty(raw, mask, False))
+        ctx.save_for_backward(query, key, value, out, lse, *parameters)
+        ctx.bias, ctx.scale = bias, scale
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, *parameters = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5:]
+        if grad is None:
+            grad = torch.zeros_like(out)
+        if any(wanted):
+            step = _backward_with_bias(ctx, grad, grad_lse, query, key, value, out, lse, parameters)
+            return (*step[:3], None, None, *step[3])
+        return (*_backward(ctx, grad, grad_lse, query, key, value, out, lse), None, None) + (
+            None,
+        ) * len(wanted)
+
+
+def _mask(tile: _Tile, bias: Bias, query: Tensor) -> Tensor:
+    """The tile of the bias in the dtype and shape that the operator reads."""
+    part = tile.queries(query)
+    mask = tile.mask(bias, query)
+    if mask.dtype != torch.float32 and query.dtype != torch.float64:
+        mask = mask.float()
+    shape = (part.shape[0], part.shape[1], part.shape[2], tile.cols.stop - tile.cols.start)
+    # Entries that broadcast over keys would be read with stride 0, which the operator does not do.
+    if mask.shape[-1] != shape[-1] or mask.stride(-1) != 1:
+        mask = mask.expand(*mask.shape[:-1], shape[-1]).contiguous()
+    return mask.expand(shape)
+
+
+def _backward(
+    ctx: Any,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, query, key, value, out, size = flash.with_lse_gradient(
+        grad, grad_lse, lse, query, key, value, out
+    )
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    kind = plain.working(query.dtype)
+    dq = torch.zeros_like(query)
+    dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
+    for tile in tiles(ctx.bias, query, key):
+        a, b, c = flash.call_backward(
+            tile.queries(grad),
+            tile.queries(query),
+            tile.keys(key),
+            tile.keys(value),
+            tile.queries(out),
+            tile.queries(lse),
+            _mask(tile, ctx.bias, query),
+            False,
+            ctx.scale,
+        )
+        tile.queries(dq).copy_(a)
+        tile.keys(dk).add_(b)
+        tile.keys(dv).add_(c)
+    return dq[..., :size], dk[..., :size].to(key.dtype), dv[..., :size].to(value.dtype)
+
+
+def _backward_with_bias(
+    ctx: Any,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    parameters: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Gradients with the scores' gradient in hand, pulled back through the tile of the bias."""
+    kind = plain.working(query.dtype)
+    delta = (grad.to(kind) * out.to(kind)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse.masked_fill(lse == -torch.inf, 0.0).to(kind)
+    dq = torch.zeros(query.shape, dtype=kind, device=query.device)
+    dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
+    leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in parameters]
+    total = [torch.zeros_like(p) for p in leaves]
+    live = ctx.bias.with_parameters(leaves)
+    for tile in tiles(ctx.bias, query, key):
+        with torch.enable_grad():
+            mask = tile.mask(live, query)
+        a, b, c, score = plain.backward(
+            tile.queries(query),
+            tile.keys(key),
+            tile.keys(value),
+            mask.detach(),
+            ctx.scale,
+            tile.queries(lse),
+            tile.queries(delta),
+            tile.queries(grad),
+        )
+        tile.queries(dq).copy_(a)
+        tile.keys(dk).add_(b)
+        tile.keys(dv).add_(c)
+        if not mask.requires_grad:
+            continue
+        score = score.sum_to_size(mask.shape).to(mask.dtype)
+        for sum_, step in zip(
+            total, torch.autograd.grad(mask, leaves, score, allow_unused=True), strict=True
+        ):
+            if step is not None:
+                sum_ += step
+    wanted = ctx.needs_input_grad[5:]
+    grads = [t if w else None for t, w in zip(total, wanted, strict=True)]
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), grads
