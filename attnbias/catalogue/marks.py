@@ -1,8 +1,8 @@
 """Marks of works, computed from the files of a checkout; and the texts made from the catalogue.
 
-    implemented   one of the work's test files has a class that inherits from a case of `tests/cases`
-                  (directly, or through a class of the same file), and the work's test files name
-                  every one of the work's objects. That those tests pass is what `make test` says.
+    implemented   one of the work's test files has a test class that inherits from a case of
+                  `tests/cases` (directly, or through a class of the same file), and the work's
+                  test files name every one of its objects. That they pass, `make test` says.
     shown,        one of the work's result files (JSON) has this mark under "mark", the work's id
     reproduced    under "work", `true` under "passed", and says "command", "commit", "seeds",
                   "environment" and "seconds"; for `reproduced` also "cell", the cited cell.

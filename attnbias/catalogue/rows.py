@@ -79,7 +79,7 @@ class Work:
             )
         if missing := sorted(names - {"arxiv", "note"} - set(row)):
             raise AttnbiasError(f"{label}: the names {missing} are missing")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
         return Work(**values, marks=marks)
 
 

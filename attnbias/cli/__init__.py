@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from attnbias.errors import AttnbiasError
 
@@ -35,7 +36,7 @@ EXTRAS = {
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line; the usage text is left to --help."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         raise AttnbiasError(f"{message} (see `{self.prog} --help`)")
 
 

@@ -1,4 +1,4 @@
-"""`attnbias explain`: which way of computing a biased attention is chosen for given sizes, and why."""
+"""`attnbias explain`: the way of computing chosen for an attention of given sizes, and why."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from attnbias.errors import AttnbiasError
 
 if TYPE_CHECKING:
+    import torch
+
     from attnbias.bias import Bias
 
 BIASES = ("none", "key", "alibi", "t5")
@@ -54,26 +56,26 @@ def run(args: argparse.Namespace) -> int:
     value = like.new_empty(args.batch, key_heads, keys, args.dim)
     for tensor in (query, key, value):
         tensor.requires_grad_(args.train)
-    bias = _bias(args, keys)
+    bias = _bias(args, keys, device)
     print(ab.explain(query, key, value, bias=bias, causal=args.causal))
     return 0
 
 
-def _bias(args: argparse.Namespace, keys: int) -> Bias | None:
+def _bias(args: argparse.Namespace, keys: int, device: torch.device) -> Bias | None:
     import torch
 
     import attnbias as ab
 
     bias: Bias | None = None
     if args.bias == "key":
-        bias = ab.KeyBias(torch.zeros(keys, device=args.device))
+        bias = ab.KeyBias(torch.zeros(keys, device=device))
     elif args.bias == "alibi":
-        bias = ab.forms.ALiBi(heads=args.heads)(args.queries, keys, device=args.device)
+        bias = ab.forms.ALiBi(heads=args.heads)(args.queries, keys, device=device)
     elif args.bias == "t5":
-        table = torch.zeros(32, args.heads, device=args.device)
+        table = torch.zeros(32, args.heads, device=device)
         bias = ab.forms.T5(heads=args.heads, table=table)(args.queries, keys)
     if args.window is not None:
-        window = ab.Window(args.window - 1, 0, args.queries, keys)
+        window = ab.Window(args.window - 1, 0, queries=args.queries, keys=keys, device=device)
         bias = window if bias is None else bias + window
     return bias
 

@@ -19,14 +19,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([work.as_dict() for work in works()], indent=2, ensure_ascii=False))
         return 0
-    rows = [("id", "year", "family", "marks", "objects")]
     for work in works():
-        marks = ", ".join(work.marks) or "none yet"
-        objects = ", ".join(path.removeprefix("attnbias.") for path in work.objects)
-        rows.append((work.id, str(work.year), work.family, marks, objects))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
         print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]
+            f"{work.id}  ({work.year}, {work.family})  marks: {', '.join(work.marks) or 'none yet'}"
         )
+        print(f"    {work.title}")
+        print(f"    objects:  {', '.join(work.objects)}")
+        print(f"    evidence: {', '.join(work.evidence)}")
     return 0
