@@ -1,7 +1,7 @@
 """attnbias: compute, see, shift and build with biased attention.
 
-Attention is a distribution over keys; a *bias* tilts it. The names that need transformers are loaded when
-they are first used: ``import attnbias`` needs PyTorch alone.
+Attention is a distribution over keys; a *bias* tilts it. The names that need transformers are
+loaded when they are first used: ``import attnbias`` needs PyTorch alone.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'attnbias' has no attribute {name!r}")
     room = importlib.import_module(_LAZY[name])
-    # `attnbias.observe` and `attnbias.steer` are rooms that can be called like the function they hold.
+    # `attnbias.observe` and `attnbias.steer` are rooms that can be called like the function they
+    # hold.
     return room if room.__name__ == f"attnbias.{name}" else getattr(room, name)
 
 

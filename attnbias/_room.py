@@ -1,4 +1,6 @@
-"""A subpackage that can be called: ``ab.observe(model, ...)`` next to ``attnbias.observe.statistics``."""
+"""A subpackage that can be called: ``ab.observe(model, ...)`` next to
+``attnbias.observe.statistics``.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from typing import Any
 def callable_room(name: str, function: Callable[..., Any]) -> None:
     """Make the module `name` callable as `function`.
 
-    Importing a subpackage binds it on its parent, over whatever function has that name there, so the module
-    itself has to answer the call.
+    Importing a subpackage binds it on its parent, over whatever function has that name there, so
+    the module itself has to answer the call.
     """
 
     class Room(types.ModuleType):

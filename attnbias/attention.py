@@ -31,26 +31,30 @@ def attention(
     .. math:: o_i = \frac{\sum_j e^{s_{ij}} v_j}{\sum_j e^{s_{ij}} + e^{z}}, \quad
               s_{ij} = \mathrm{scale}\; q_i \cdot k_j + B_{ij}
 
-    where the term ``e^z`` is there only with `sink`. Output and log-sum-exp are differentiable in query, key
-    and value; stored parameters of the bias get gradients through the lowerings that offer them.
+    where the term ``e^z`` is there only with `sink`. Output and log-sum-exp are differentiable in
+    query, key and value; stored parameters of the bias get gradients through the lowerings that
+    offer them.
 
     Args:
         query: ``(batch, heads, queries, size)``, float16, bfloat16, float32 or float64.
-        key: ``(batch, key heads, keys, size)``; the number of heads is a multiple of key heads (grouped
-            queries: query head ``h`` reads key head ``h // (heads / key heads)``).
+        key: ``(batch, key heads, keys, size)``; the number of heads is a multiple of key heads
+            (grouped queries: query head ``h`` reads key head ``h // (heads / key heads)``).
         value: ``(batch, key heads, keys, value size)``.
-        bias: a `Bias` of shape ``(batch | 1, heads | 1, queries, keys)``, added to the scaled scores.
+        bias: a `Bias` of shape ``(batch | 1, heads | 1, queries, keys)``, added to the scaled
+            scores.
         causal: hide keys after the query: ``j > i + offset``.
-        offset: position of query 0 minus position of key 0; by default ``keys - queries`` (aligned to the end).
+        offset: position of query 0 minus position of key 0; by default ``keys - queries`` (aligned
+            to the end).
         scale: factor of the scores; by default ``1 / sqrt(size)``.
-        sink: ``(heads,)``, one extra logit z per head that takes part in the normalisation and carries no value.
+        sink: ``(heads,)``, one extra logit z per head that takes part in the normalisation and
+            carries no value.
         lowering: name of a lowering to force; by default the planner takes the cheapest exact one.
-        return_lse: also return the log-sum-exp ``(batch, heads, queries)`` in float32 (float64), with the sink in
-            it.
+        return_lse: also return the log-sum-exp ``(batch, heads, queries)`` in float32 (float64),
+            with the sink in it.
 
     Returns:
-        ``(batch, heads, queries, value size)`` in the dtype of the query. A row that sees no key gives output 0
-        and log-sum-exp minus infinity. Any length may be zero.
+        ``(batch, heads, queries, value size)`` in the dtype of the query. A row that sees no key
+        gives output 0 and log-sum-exp minus infinity. Any length may be zero.
 
     Raises:
         AttnbiasError: shapes, dtypes or options that do not fit; one sentence says which.
@@ -79,9 +83,11 @@ def explain(
     offset: int | None = None,
     scale: float | None = None,
 ) -> Explanation:
-    """Offers, refusals and the choice for a problem, without computing it. ``print()`` shows a table.
+    """Offers, refusals and the choice for a problem, without computing it. ``print()`` shows a
+    table.
 
-    Arguments as in `attention`; tensors on the ``meta`` device are fine: only shapes and dtypes are read.
+    Arguments as in `attention`; tensors on the ``meta`` device are fine: only shapes and dtypes
+    are read.
     """
     query, key, value = _autocast(query, key, value)
     problem = _problem(query, key, value, bias, causal, offset, scale)
@@ -100,11 +106,12 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     .. math:: \ell = \log \sum_p e^{\ell_p}, \qquad o = \sum_p e^{\ell_p - \ell}\, o_p
 
     Args:
-        parts: pairs ``(output (..., queries, value size), lse (..., queries))``. An empty part is (0, -inf).
+        parts: pairs ``(output (..., queries, value size), lse (..., queries))``. An empty part is
+            (0, -inf).
 
     Returns:
-        ``(output, lse)``, differentiable; the output in the dtype of the first part's output. A row that is
-        empty in every part gives (0, -inf), without NaN in values or gradients.
+        ``(output, lse)``, differentiable; the output in the dtype of the first part's output. A
+        row that is empty in every part gives (0, -inf), without NaN in values or gradients.
     """
     parts = list(parts)
     if not parts:
@@ -117,7 +124,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             )
     lses = torch.stack([lse for _, lse in parts])
     seen = (lses > -torch.inf).any(0)
-    # logsumexp of nothing but -inf has a NaN gradient: such rows are taken out before and put back after.
+    # logsumexp of nothing but -inf has a NaN gradient: such rows are taken out before and put back
+    # after.
     safe = torch.where(seen, lses, 0.0)
     total = safe.logsumexp(0)
     weights = torch.where(seen, (safe - total).exp(), 0.0)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Union
 
 import torch
 from torch import Tensor
 
 from attnbias.errors import AttnbiasError
 
-Scale = Union[int, float, Tensor]
+Scale = int | float | Tensor
 
 
 def stored(tensor: Tensor, name: str) -> Tensor:
-    """Parameters live in float32 (float64 is kept): a half-precision table is wrong by whole logits."""
+    """Parameters live in float32 (float64 is kept): a half-precision table is wrong by whole
+    logits.
+    """
     if not isinstance(tensor, Tensor):
         raise AttnbiasError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}.")
     if tensor.is_complex():
@@ -45,10 +46,10 @@ class Bias(ABC):
 
     .. math:: o_i = \sum_j \mathrm{softmax}_j(s\, q_i \cdot k_j + B_{ij})\, v_j
 
-    A bias has shape ``(batch | 1, heads | 1, queries, keys)``. A length of ``None`` fits any problem
-    (a `KeyBias` does not know the number of queries). Only the parameters of the structure are stored, in
-    float32 or float64; `dense` and `block` build entries when asked. Everything is differentiable with
-    respect to the stored parameters.
+    A bias has shape ``(batch | 1, heads | 1, queries, keys)``. A length of ``None`` fits any
+    problem (a `KeyBias` does not know the number of queries). Only the parameters of the structure
+    are stored, in float32 or float64; `dense` and `block` build entries when asked. Everything is
+    differentiable with respect to the stored parameters.
 
     Algebra: ``a + b``, ``bias * scale`` (a number, or a tensor with one factor per head),
     ``bias[batch, heads, rows, cols]`` with slices (structure is kept), `transpose`.
@@ -78,7 +79,9 @@ class Bias(ABC):
 
     @abstractmethod
     def transpose(self) -> Bias:
-        """The bias with queries and keys exchanged: entry ``(j, i)`` of the result is ``(i, j)``."""
+        """The bias with queries and keys exchanged: entry ``(j, i)`` of the result is ``(i,
+        j)``.
+        """
 
     @abstractmethod
     def _select(self, batch: slice, heads: slice, rows: slice, cols: slice) -> Bias:
@@ -134,7 +137,9 @@ class Bias(ABC):
         return self.with_parameters([p.detach() for p in self.parameters()])
 
     def __getitem__(self, index: object) -> Bias:
-        """``bias[..., rows, cols]`` or ``bias[batch, heads, rows, cols]`` with slices of step one."""
+        """``bias[..., rows, cols]`` or ``bias[batch, heads, rows, cols]`` with slices of step
+        one.
+        """
         parts = index if isinstance(index, tuple) else (index,)
         if Ellipsis in parts:
             at = parts.index(Ellipsis)
@@ -142,8 +147,8 @@ class Bias(ABC):
             parts = parts[:at] + fill + parts[at + 1 :]
         if len(parts) != 4 or not all(isinstance(p, slice) for p in parts):
             raise AttnbiasError(
-                "index must be slices, as in bias[..., rows, cols] or bias[batch, heads, rows, cols], "
-                f"got {index!r}."
+                "index must be slices, as in bias[..., rows, cols] or "
+                f"bias[batch, heads, rows, cols], got {index!r}."
             )
         sizes = (self.batch, self.heads, self.queries, self.keys)
         return self._select(*(_bounds(p, n) for p, n in zip(parts, sizes, strict=True)))

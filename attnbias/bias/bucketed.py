@@ -12,11 +12,13 @@ from attnbias.errors import AttnbiasError
 
 
 class Bucketed(Bias):
-    """``B[i, j] = table[rows[i], cols[j]]``: segments, types, groups of keys. Memory O(queries + keys + table).
+    """``B[i, j] = table[rows[i], cols[j]]``: segments, types, groups of keys. Memory O(queries +
+    keys + table).
 
     Args:
         table: ``(batch | 1, heads | 1, A, C)``.
-        rows: integers ``(batch | 1, heads | 1, queries)`` below A, or None: row ``i`` of the table is query ``i``.
+        rows: integers ``(batch | 1, heads | 1, queries)`` below A, or None: row ``i`` of the table
+            is query ``i``.
         cols: integers ``(batch | 1, heads | 1, keys)`` below C.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,11 +13,12 @@ from attnbias.errors import AttnbiasError
 
 
 class Dense(Bias):
-    """``B[i, j]`` given as a tensor. Broadcast dimensions are never expanded. Memory O(queries x keys).
+    """``B[i, j]`` given as a tensor. Broadcast dimensions are never expanded. Memory O(queries x
+    keys).
 
     Args:
-        tensor: ``(batch | 1, heads | 1, queries | 1, keys | 1)``. Booleans are masks: True is visible.
-            A length of 1 fits any number of queries or keys.
+        tensor: ``(batch | 1, heads | 1, queries | 1, keys | 1)``. Booleans are masks: True is
+            visible. A length of 1 fits any number of queries or keys.
     """
 
     may_mask = True
@@ -28,7 +30,8 @@ class Dense(Bias):
         tensor = stored(tensor, "tensor")
         if tensor.ndim != 4:
             raise AttnbiasError(
-                f"Dense(tensor) takes (batch, heads, queries, keys), got shape {tuple(tensor.shape)}."
+                "Dense(tensor) takes (batch, heads, queries, keys), "
+                f"got shape {tuple(tensor.shape)}."
             )
         self.tensor = tensor
         self.queries = None if tensor.shape[2] == 1 else tensor.shape[2]
@@ -73,11 +76,10 @@ class Dense(Bias):
         if not isinstance(other, Dense):
             return None
         mine, theirs = self.tensor, other.tensor
-        try:
-            shape = torch.broadcast_shapes(mine.shape, theirs.shape)
-        except RuntimeError:
+        sizes = list(zip(mine.shape, theirs.shape, strict=True))
+        if any(a != b and 1 not in (a, b) for a, b in sizes):
             return None
-        if shape.numel() > max(mine.numel(), theirs.numel()):
+        if math.prod(max(pair) for pair in sizes) > max(mine.numel(), theirs.numel()):
             return None  # adding them would expand a broadcast dimension
         merged = self._like(mine + theirs)
         merged.is_mask = self.is_mask and other.is_mask

@@ -16,7 +16,8 @@ class KeyBias(Bias):
     """``B[i, j] = w[j]``: every query sees key ``j`` shifted by ``w[j]`` logits. Memory O(keys).
 
     Args:
-        weight: ``(keys)``, ``(heads, keys)`` or ``(batch, heads, keys)``; minus infinity hides a key.
+        weight: ``(keys)``, ``(heads, keys)`` or ``(batch, heads, keys)``; minus infinity hides a
+            key.
     """
 
     may_mask = True  # a weight of minus infinity is legal

@@ -32,13 +32,19 @@ class Mask(Bias):
 
 
 class Window(Mask):
-    """Visible where ``-before <= j - (i + offset) <= after``. Memory O(1); tiles outside are skipped.
+    """Visible where ``-before <= j - (i + offset) <= after``. Memory O(1); tiles outside are
+    skipped.
 
     Args:
-        before, after: number of keys seen before and after the query's own position; None is unlimited.
+        before, after: number of keys seen before and after the query's own position; None is
+            unlimited.
         queries, keys: the lengths.
         offset: position of query 0 minus position of key 0; by default ``keys - queries``.
     """
+
+    queries: int
+    keys: int
+    offset: int
 
     def __init__(
         self,
@@ -52,7 +58,7 @@ class Window(Mask):
     ) -> None:
         self.before, self.after = before, after
         self.queries, self.keys = queries, keys
-        self.offset: int = keys - queries if offset is None else offset
+        self.offset = keys - queries if offset is None else offset
         self.device = device
 
     def band(self) -> tuple[int | None, int | None]:
@@ -68,7 +74,6 @@ class Window(Mask):
         return f"Window({sides}, {self.queries}, {self.keys}, offset={self.offset})"
 
     def dense(self) -> Tensor:
-        assert self.queries is not None and self.keys is not None
         rows = torch.arange(self.queries, device=self.device)[:, None]
         step = torch.arange(self.keys, device=self.device)[None, :] - rows
         visible = torch.ones_like(step, dtype=torch.bool)
@@ -80,14 +85,12 @@ class Window(Mask):
         return to_mask(visible)[None, None]
 
     def span(self, rows: slice) -> tuple[int, int]:
-        assert self.keys is not None
         low, high = self.band()
         first = 0 if low is None else min(max(rows.start + low, 0), self.keys)
         last = self.keys if high is None else min(max(rows.stop - 1 + high + 1, 0), self.keys)
         return (first, max(first, last))
 
     def transpose(self) -> Bias:
-        assert self.queries is not None and self.keys is not None
         return Window(
             self.after,
             self.before,
@@ -114,7 +117,7 @@ class Window(Mask):
         )
         if not same:
             return None
-        assert isinstance(other, Window) and self.queries is not None and self.keys is not None
+        assert isinstance(other, Window)
         (low, high), (low2, high2) = self.band(), other.band()
         low = low2 if low is None else low if low2 is None else max(low, low2)
         high = high2 if high is None else high if high2 is None else min(high, high2)
@@ -128,10 +131,12 @@ class Window(Mask):
         )
 
 
-def Causal(  # noqa: N802 - a noun of the library: a causal mask is a window with no future
+def Causal(
     queries: int, keys: int, *, offset: int | None = None, device: torch.device | None = None
 ) -> Window:
-    """Visible where ``j <= i + offset``: a `Window` without a future; by default aligned to the end."""
+    """Visible where ``j <= i + offset``: a `Window` without a future; by default aligned to the
+    end.
+    """
     return Window(None, 0, queries=queries, keys=keys, offset=offset, device=device)
 
 
@@ -180,13 +185,15 @@ class Segments(Mask):
 
 
 class Padding(Mask):
-    """Visible where ``keep[batch, j]`` is True, for every query and head. Memory O(batch x keys)."""
+    """Visible where ``keep[batch, j]`` is True, for every query and head. Memory O(batch x
+    keys).
+    """
 
     def __init__(self, keep: Tensor) -> None:
         if keep.ndim not in (1, 2) or keep.dtype != torch.bool:
             raise AttnbiasError(
-                "Padding(keep) takes booleans of shape (keys) or (batch, keys), True is a real key, "
-                f"got {keep.dtype} of shape {tuple(keep.shape)}."
+                "Padding(keep) takes booleans of shape (keys) or (batch, keys), True is a real "
+                f"key, got {keep.dtype} of shape {tuple(keep.shape)}."
             )
         self.keep = keep[None] if keep.ndim == 1 else keep
         self.queries, self.keys = None, self.keep.shape[-1]
@@ -222,12 +229,14 @@ MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class MaskFunction(Mask):
-    """Visible where ``function(batch, head, query, key)`` is True; evaluated only for the tiles needed.
+    """Visible where ``function(batch, head, query, key)`` is True; evaluated only for the tiles
+    needed.
 
     Args:
-        function: takes four integer tensors that broadcast against each other (absolute indices) and
-            returns booleans.
-        queries, keys, batch, heads: the sizes; batch and heads are 1 where the rule does not look at them.
+        function: takes four integer tensors that broadcast against each other (absolute indices)
+            and returns booleans.
+        queries, keys, batch, heads: the sizes; batch and heads are 1 where the rule does not look
+            at them.
         query_start, key_start, batch_start, head_start: the absolute index of the first entry.
     """
 

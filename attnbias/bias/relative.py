@@ -12,7 +12,8 @@ from attnbias.errors import AttnbiasError
 
 
 class Relative(Bias):
-    """``B[i, j] = table[j - i + queries - 1]``: ALiBi, T5, KERPLE, periodic biases. Memory O(queries + keys).
+    """``B[i, j] = table[j - i + queries - 1]``: ALiBi, T5, KERPLE, periodic biases. Memory
+    O(queries + keys).
 
     Args:
         table: ``(entries)``, ``(heads, entries)`` or ``(batch, heads, entries)`` with
@@ -21,6 +22,9 @@ class Relative(Bias):
         offset: position of query 0 minus position of key 0; by default ``keys - queries``.
     """
 
+    queries: int
+    keys: int
+    offset: int
     may_mask = True
 
     def __init__(
@@ -46,14 +50,12 @@ class Relative(Bias):
         return self.table.shape[1]
 
     def dense(self) -> Tensor:
-        assert self.queries is not None and self.keys is not None
         if self.queries == 0 or self.keys == 0:
             return self.table.new_zeros(self.batch, self.heads, self.queries, self.keys)
         # Window a of the table is row queries - 1 - a.
         return self.table.unfold(-1, self.keys, 1).flip(-2)
 
     def transpose(self) -> Bias:
-        assert self.queries is not None and self.keys is not None and self.offset is not None
         return Relative(
             self.table.flip(-1), queries=self.keys, keys=self.queries, offset=-self.offset
         )
@@ -62,14 +64,12 @@ class Relative(Bias):
         return (self.table,)
 
     def _like(self, table: Tensor) -> Relative:
-        assert self.queries is not None and self.keys is not None
         return Relative(table, queries=self.queries, keys=self.keys, offset=self.offset)
 
     def _rebuild(self, parameters: Iterator[Tensor]) -> Bias:
         return self._like(next(parameters))
 
     def _select(self, batch: slice, heads: slice, rows: slice, cols: slice) -> Bias:
-        assert self.queries is not None and self.offset is not None
         n, m = length(rows), length(cols)
         start = cols.start - rows.start + self.queries - n
         table = narrow(narrow(self.table, 0, batch), 1, heads)

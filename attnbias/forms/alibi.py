@@ -12,10 +12,11 @@ from attnbias.errors import AttnbiasError
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    r"""The published slopes: ``2^{-8 (h + 1) / heads}`` for a power of two; shape ``(heads,)``, float32.
+    r"""The published slopes: ``2^{-8 (h + 1) / heads}`` for a power of two; shape ``(heads,)``,
+    float32.
 
-    For another number of heads: the slopes of the power of two below it, then every second slope of the
-    power of two above, as in the authors' code.
+    For another number of heads: the slopes of the power of two below it, then every second slope
+    of the power of two above, as in the authors' code.
     """
     if heads < 1:
         raise AttnbiasError(f"heads must be at least 1, got {heads}.")
@@ -35,12 +36,12 @@ class ALiBi:
 
     .. math:: B_{hij} = -m_h\, |j - (i + \mathrm{offset})|
 
-    With ``causal=True`` this is the published form (keys after the query are hidden anyway); without it
-    it is the symmetric one.
+    With ``causal=True`` this is the published form (keys after the query are hidden anyway);
+    without it it is the symmetric one.
 
-    Source: Press, Smith and Lewis, "Train Short, Test Long: Attention with Linear Biases Enables Input
-    Length Extrapolation", 2022, arXiv 2108.12409, section 3; slopes for a number of heads that is no power
-    of two from the authors' code.
+    Source: Press, Smith and Lewis, "Train Short, Test Long: Attention with Linear Biases Enables
+    Input Length Extrapolation", 2022, arXiv 2108.12409, section 3; slopes for a number of
+    heads that is no power of two from the authors' code.
 
     Args:
         heads: number of query heads.
@@ -63,7 +64,9 @@ class ALiBi:
         offset: int | None = None,
         device: torch.device | str | None = None,
     ) -> Relative:
-        """The bias for these lengths: a `Relative` of shape ``(1, heads, queries, keys)``, float32."""
+        """The bias for these lengths: a `Relative` of shape ``(1, heads, queries, keys)``,
+        float32.
+        """
         keys = queries if keys is None else keys
         offset = keys - queries if offset is None else offset
         slopes = self.slopes.to(device) if device is not None else self.slopes

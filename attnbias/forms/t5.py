@@ -16,9 +16,9 @@ def t5_buckets(
 ) -> Tensor:
     """The bucket of each distance ``key position - query position``; integers of the same shape.
 
-    Half of the buckets (of one direction) are exact distances, the other half grow logarithmically up to
-    ``max_distance``; everything beyond shares the last one. Without `bidirectional` all keys after the
-    query share bucket 0.
+    Half of the buckets (of one direction) are exact distances, the other half grow logarithmically
+    up to ``max_distance``; everything beyond shares the last one. Without `bidirectional` all keys
+    after the query share bucket 0.
     """
     base = torch.zeros_like(distance)
     if bidirectional:
@@ -28,7 +28,8 @@ def t5_buckets(
     else:
         distance = (-distance).clamp(min=0)
     exact = buckets // 2
-    # The same float32 operations in the same order as T5 uses: a bucket edge must not move by rounding.
+    # The same float32 operations in the same order as T5 uses: a bucket edge must not move by
+    # rounding.
     large = (
         exact
         + (torch.log(distance.float() / exact) / math.log(max_distance / exact) * (buckets - exact))
@@ -44,12 +45,13 @@ class T5:
     .. math:: B_{hij} = W[\mathrm{bucket}(j - (i + \mathrm{offset})),\, h]
 
     Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
-    Transformer", 2020, arXiv 1910.10683, section 2.1; buckets as in the authors' code. T5 itself uses
-    no scaling of the scores (``scale=1.0``).
+    Transformer", 2020, arXiv 1910.10683, section 2.1; buckets as in the authors' code. T5 itself
+    uses no scaling of the scores (``scale=1.0``).
 
     Args:
         heads: number of query heads.
-        buckets, max_distance, bidirectional: the published defaults are 32, 128, and True in encoders.
+        buckets, max_distance, bidirectional: the published defaults are 32, 128, and True in
+            encoders.
         table: ``(buckets, heads)`` learned weights (as in the Hugging Face module's
             ``relative_attention_bias.weight``); drawn from N(0, 1) when left out.
     """
@@ -67,8 +69,8 @@ class T5:
             4 if bidirectional else 2
         ):
             raise AttnbiasError(
-                "T5 needs at least 4 buckets (2 in one direction) and a max_distance beyond the exact "
-                f"ones, got buckets={buckets}, max_distance={max_distance}."
+                "T5 needs at least 4 buckets (2 in one direction) and a max_distance beyond the "
+                f"exact ones, got buckets={buckets}, max_distance={max_distance}."
             )
         self.heads, self.buckets = heads, buckets
         self.max_distance, self.bidirectional = max_distance, bidirectional

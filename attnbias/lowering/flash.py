@@ -1,8 +1,9 @@
 """The only caller of PyTorch's fused attention operators, and the contract that makes them safe.
 
 The operator of the CPU build is fast and has sharp edges (each is probed or tested): a zero length
-ends the process, a row with no visible key reports a log-sum-exp of 0, the log-sum-exp carries no gradient
-and comes back with odd strides, head sizes of keys and values must agree. `flash` has none of these edges.
+ends the process, a row with no visible key reports a log-sum-exp of 0, the log-sum-exp carries no
+gradient and comes back with odd strides, head sizes of keys and values must agree. `flash` has
+none of these edges.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attnbias.lowering import plain
@@ -52,10 +54,11 @@ def _fused(query: Tensor) -> bool:
 def call(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The operator itself, without gradient: equal head sizes, no zero length (callers see to both).
+    """The operator itself, without gradient: equal head sizes, no zero length (callers see to
+    both).
 
-    `mask` is float32 or float64, already expanded to ``(batch, heads, queries, keys)``. Rows without a visible
-    key: output 0, log-sum-exp as the operator says (0).
+    `mask` is float32 or float64, already expanded to ``(batch, heads, queries, keys)``. Rows
+    without a visible key: output 0, log-sum-exp as the operator says (0).
     """
     if _fused(query):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -81,7 +84,9 @@ def call_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to query, key and value; `lse` is what `call` returned (0 in rows without a key)."""
+    """Gradients to query, key and value; `lse` is what `call` returned (0 in rows without a
+    key).
+    """
     if _fused(query):
         grads: tuple[Tensor, Tensor, Tensor]
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -143,7 +148,8 @@ def _fallback_tiles(
 
 
 def hide_empty(lse: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """The log-sum-exp with minus infinity in every row that sees no key. `lse` may be changed in place.
+    """The log-sum-exp with minus infinity in every row that sees no key. `lse` may be changed in
+    place.
 
     Only rows where the operator said exactly 0 can be empty, so the mask is read for those alone.
     """
@@ -162,7 +168,7 @@ def hide_empty(lse: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
             empty = hidden.all(-1, keepdim=True)
         return lse.masked_fill_(suspects & empty, -torch.inf)
     where = suspects.nonzero()
-    for part in where.split(256):
+    for part in torch.split(where, 256):
         b, h, i = part.unbind(1)
         seen = mask[b, h, i] > -torch.inf
         if causal:
@@ -184,7 +190,8 @@ class _Flash(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         out, raw = call(query, key, value, mask, causal, scale)
-        # The backward of the operator needs its own value in empty rows; the caller must see the truth.
+        # The backward of the operator needs its own value in empty rows; the caller must see the
+        # truth.
         lse = hide_empty(raw.clone(), mask, causal)
         ctx.save_for_backward(query, key, value, out, raw)
         ctx.mask, ctx.causal, ctx.scale = mask, causal, scale
@@ -192,7 +199,7 @@ class _Flash(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -215,10 +222,12 @@ def with_lse_gradient(
     value: Tensor,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """Arguments of the operator's backward that also carry the gradient of the log-sum-exp, exactly.
+    """Arguments of the operator's backward that also carry the gradient of the log-sum-exp,
+    exactly.
 
-    The operator subtracts ``rowsum(dO * O)`` from the gradient of the scores. One more column with ``dO = 1``
-    and ``O = -dLSE``, where query, key and value are 0, makes that ``rowsum(dO * O) - dLSE``.
+    The operator subtracts ``rowsum(dO * O)`` from the gradient of the scores. One more column with
+    ``dO = 1`` and ``O = -dLSE``, where query, key and value are 0, makes that
+    ``rowsum(dO * O) - dLSE``.
     """
     size = query.shape[-1]
     if grad is None:
@@ -245,15 +254,16 @@ def flash(
     """Fused attention with its log-sum-exp, both differentiable in query, key and value.
 
     Args:
-        query: ``(batch, heads, queries, size)``. key, value: ``(batch, key heads, keys, size | value size)``.
-        mask: float32 (float64), broadcastable to ``(batch, heads, queries, keys)``; strides of 0 cost nothing.
-            Gets no gradient.
+        query: ``(batch, heads, queries, size)``. key, value: ``(batch, key heads, keys, size |
+            value size)``.
+        mask: float32 (float64), broadcastable to ``(batch, heads, queries, keys)``; strides of 0
+            cost nothing. Gets no gradient.
         causal: query i sees keys up to i, counted from the START; combines with `mask`.
         scale: factor of the scores.
 
     Returns:
-        ``(output, lse)``: output in the dtype of the query, lse in float32 (float64), contiguous. A row with no
-        visible key gives 0 and minus infinity. Any length may be zero.
+        ``(output, lse)``: output in the dtype of the query, lse in float32 (float64), contiguous.
+        A row with no visible key gives 0 and minus infinity. Any length may be zero.
     """
     heads, size, wide = query.shape[1], query.shape[-1], value.shape[-1]
     if query.numel() == 0 or key.shape[2] == 0 or wide == 0:
@@ -267,7 +277,8 @@ def flash(
     elif wide > size:
         query, key = (F.pad(t, (0, wide - size)) for t in (query, key))
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    out, lse = _Flash.apply(query, key, value, mask, causal, scale)
+    apply: Any = _Flash.apply
+    out, lse = apply(query, key, value, mask, causal, scale)
     return out[..., :wide], lse
 
 

@@ -1,4 +1,6 @@
-"""Attention of one tile in plain PyTorch: the fallback of the fused operator, and gradients to a bias."""
+"""Attention of one tile in plain PyTorch: the fallback of the fused operator, and gradients to a
+bias.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ def working(dtype: torch.dtype) -> torch.dtype:
 
 
 def repeat_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Key or value heads repeated to the number of query heads: query head ``h`` reads ``h // group``."""
+    """Key or value heads repeated to the number of query heads: query head ``h`` reads ``h //
+    group``.
+    """
     return (
         tensor
         if tensor.shape[1] == heads
@@ -24,7 +28,8 @@ def sum_groups(grad: Tensor, heads: int) -> Tensor:
     """The adjoint of `repeat_heads`."""
     if grad.shape[1] == heads:
         return grad
-    return grad.unflatten(1, (heads, grad.shape[1] // heads)).sum(2)
+    batch, all_heads, *rest = grad.shape
+    return grad.reshape(batch, heads, all_heads // heads, *rest).sum(2)
 
 
 def scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -57,8 +62,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value and to the scores of one tile.
 
-    ``dS = P (dO V^T - delta)`` with ``delta = rowsum(dO * O) - dLSE``: the gradient of the log-sum-exp
-    with respect to the scores is P itself. Results in the working dtype.
+    ``dS = P (dO V^T - delta)`` with ``delta = rowsum(dO * O) - dLSE``: the gradient of the
+    log-sum-exp with respect to the scores is P itself. Results in the working dtype.
     """
     heads = query.shape[1]
     kind = working(query.dtype)

@@ -71,7 +71,9 @@ def size_text(count: int) -> str:
 
 
 def offers(problem: Problem) -> list[Offer]:
-    """All answers, the cheapest first. The stable sort keeps the order of preference among equals."""
+    """All answers, the cheapest first. The stable sort keeps the order of preference among
+    equals.
+    """
     return sorted((low.offer(problem) for low in LOWERINGS.values()), key=lambda o: o.time)
 
 

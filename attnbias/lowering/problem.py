@@ -139,11 +139,15 @@ class Lowering(ABC):
 
     @abstractmethod
     def offer(self, problem: Problem) -> Offer:
-        """A price, or a refusal. Looks at shapes, structure and dtypes only; computes nothing large."""
+        """A price, or a refusal. Looks at shapes, structure and dtypes only; computes nothing
+        large.
+        """
 
     @abstractmethod
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """``(output, lse)``; the output in the dtype of the query, rows without a key 0 and -inf."""
+        """``(output, lse)``; the output in the dtype of the query, rows without a key 0 and
+        -inf.
+        """
 
     def refuse(self, reason: str) -> Offer:
         return Offer(self.name, reason=reason)

@@ -9,7 +9,9 @@ from attnbias.lowering.problem import Lowering, Offer, Problem
 
 
 class Reference(Lowering):
-    """``softmax(scale q k^T + B) v`` with every matrix built, in float64. Memory O(queries x keys)."""
+    """``softmax(scale q k^T + B) v`` with every matrix built, in float64. Memory O(queries x
+    keys).
+    """
 
     name = "reference"
 

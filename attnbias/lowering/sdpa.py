@@ -1,4 +1,6 @@
-"""One call of the fused operator: no bias, a bias per key, padding, a dense mask that is there anyway."""
+"""One call of the fused operator: no bias, a bias per key, padding, a dense mask that is there
+anyway.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class Sdpa(Lowering):
 
 
 def _direction(problem: Problem) -> str | None:
-    """``"none"``, ``"forward"`` (j <= i), ``"backward"`` (causal from the end), or None: another band."""
+    """``"none"``, ``"forward"`` (j <= i), ``"backward"`` (causal from the end), or None: another
+    band.
+    """
     normal = problem.normal
     if not normal.band:
         return "none"

@@ -1,8 +1,10 @@
-"""A relative bias as a mask that needs no memory: flipped queries make a Toeplitz matrix a Hankel one.
+"""A relative bias as a mask that needs no memory: flipped queries make a Toeplitz matrix a Hankel
+one.
 
-With the queries of a block in reverse order, entry ``(a, j)`` of the bias is ``table[start + a + j]``: a view
-of the table with strides (1, 1). The fused operator reads it as a mask. Windows and the causal mask are
-relative biases too; where they hide whole ranges of keys, blocks of queries skip those keys.
+With the queries of a block in reverse order, entry ``(a, j)`` of the bias is ``table[start + a +
+j]``: a view of the table with strides (1, 1). The fused operator reads it as a mask. Windows and
+the causal mask are relative biases too; where they hide whole ranges of keys, blocks of queries
+skip those keys.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from attnbias.lowering import flash
+from attnbias.lowering import flash, plain
 from attnbias.lowering.problem import Lowering, Offer, Problem
 
 # Queries of a block where keys can be skipped. Smaller blocks skip more, larger ones call less.
@@ -21,7 +24,9 @@ BLOCK = 256
 
 
 class Strided(Lowering):
-    """`Relative`, `Window` and causal masks at any offset, without a matrix. Memory O(queries + keys)."""
+    """`Relative`, `Window` and causal masks at any offset, without a matrix. Memory O(queries +
+    keys).
+    """
 
     name = "strided"
 
@@ -47,14 +52,15 @@ class Strided(Lowering):
         if problem.empty:
             return flash.flash(problem.query, problem.key, problem.value, scale=problem.scale)
         normal = problem.normal
-        out, lse = _Strided.apply(
-            query, key, value, strip(problem), normal.low, normal.high, problem.scale
-        )
+        apply: Any = _Strided.apply
+        out, lse = apply(query, key, value, strip(problem), normal.low, normal.high, problem.scale)
         return out[..., :wide], lse
 
 
 def _equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Zero columns until keys and values have one head size: without them the fused path is lost."""
+    """Zero columns until keys and values have one head size: without them the fused path is
+    lost.
+    """
     size, wide = query.shape[-1], value.shape[-1]
     pad = torch.nn.functional.pad
     if wide < size:
@@ -65,7 +71,9 @@ def _equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 def strip(problem: Problem) -> Tensor:
-    """``(batch | 1, heads | 1, queries + keys - 1)``: the bias by diagonal, hidden diagonals at -inf."""
+    """``(batch | 1, heads | 1, queries + keys - 1)``: the bias by diagonal, hidden diagonals at
+    -inf.
+    """
     normal, n, m = problem.normal, problem.queries, problem.keys
     if normal.table is None:
         table = torch.zeros(1, 1, n + m - 1, device=problem.query.device)
@@ -131,7 +139,7 @@ class _Strided(torch.autograd.Function):
         n, m = query.shape[2], key.shape[2]
         flipped = query.flip(2)
         out = torch.zeros_like(flipped, memory_format=torch.contiguous_format)
-        kind = flash.plain.working(query.dtype)
+        kind = plain.working(query.dtype)
         lse = torch.full(query.shape[:3], -torch.inf, dtype=kind, device=query.device)
         whole = low is None and high is None
         for start, stop, first, last in blocks(n, m, low, high):
@@ -157,7 +165,7 @@ class _Strided(torch.autograd.Function):
         return out.flip(2), lse.flip(2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -179,7 +187,7 @@ class _Strided(torch.autograd.Function):
             )
         else:
             # Half formats would lose bits in a sum over blocks.
-            kind = flash.plain.working(query.dtype)
+            kind = plain.working(query.dtype)
             dq = torch.zeros_like(query)
             dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
             for start, stop, first, last in parts:

@@ -1,4 +1,6 @@
-"""Any bias, exactly: tiles of queries are built by `Bias.block` and handed to the fused operator."""
+"""Any bias, exactly: tiles of queries are built by `Bias.block` and handed to the fused
+operator.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attnbias.bias import Bias
 from attnbias.lowering import flash, plain
@@ -18,7 +21,9 @@ ENTRIES = 2**22  # of one tile of the mask: 16 MB in float32
 
 
 class Tiled(Lowering):
-    """Always available. Memory O(tile); a tile that sees no key is skipped. Gradients to every parameter."""
+    """Always available. Memory O(tile); a tile that sees no key is skipped. Gradients to every
+    parameter.
+    """
 
     name = "tiled"
 
@@ -36,12 +41,15 @@ class Tiled(Lowering):
         assert problem.bias is not None
         query, key, value, wide = _equal_sizes(problem.query, problem.key, problem.value)
         bias = problem.bias
-        out, lse = _Tiled.apply(query, key, value, bias.detach(), problem.scale, *bias.parameters())
+        apply: Any = _Tiled.apply
+        out, lse = apply(query, key, value, bias.detach(), problem.scale, *bias.parameters())
         return out[..., :wide], lse
 
 
 class _Tile:
-    """One tile: slices of batch, heads, key heads, rows and keys, and the part of the bias in it."""
+    """One tile: slices of batch, heads, key heads, rows and keys, and the part of the bias in
+    it.
+    """
 
     def __init__(self, batch: slice, heads: slice, groups: slice, rows: slice, cols: slice) -> None:
         self.batch, self.heads, self.groups, self.rows, self.cols = batch, heads, groups, rows, cols
@@ -58,7 +66,9 @@ class _Tile:
 
 
 def tiles(bias: Bias, query: Tensor, key: Tensor) -> Iterator[_Tile]:
-    """The tiles that see a key. A dimension that the bias broadcasts is one tile: its mask is built once."""
+    """The tiles that see a key. A dimension that the bias broadcasts is one tile: its mask is
+    built once.
+    """
     batch, heads, n = query.shape[:3]
     m, group = key.shape[2], heads // key.shape[1]
     rows = max(1, min(ROWS, ENTRIES // m))
@@ -112,7 +122,7 @@ class _Tiled(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
