@@ -1,0 +1,236 @@
+"""One attention call of a model, as observers and editors see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnbias.bias import Bias, Causal, Dense, add
+from attnbias.errors import Refused
+from attnbias.hub.request import MaskRequest
+from attnbias.hub.sites import Site
+
+if TYPE_CHECKING:
+    from attnbias.hub.adapter import Session
+
+# Arguments that change which scores are computed, in ways that q, k, v and a bias do not show.
+_OPAQUE = {
+    "softcap": "caps its scores (softcap), so they are not scale * q.k + bias",
+    "indices": "attends to keys that it picks by index",
+    "block_indices": "attends to blocks of keys that it picks by index",
+    "cache": "keeps its keys in pages (continuous batching)",
+}
+
+Stock = Callable[..., tuple[Tensor, Any]]
+
+
+class Call:
+    r"""One attention call at one site.
+
+    .. math:: o_i = \sum_j \mathrm{softmax}_j(\mathrm{scale}\; q_i \cdot k_j + \mathrm{bias}_{ij})\, v_j
+
+    with one more logit `sink` per head in the softmax where the model has one.
+
+    Attributes:
+        site: where.
+        query: ``(batch, heads, queries, dim)``, rotary embedding applied.
+        key, value: ``(batch, key_heads, keys, dim)``, after the cache, not repeated for grouped heads.
+        dropout: probability of dropping a weight in this call. training: mode of the module.
+        forward: number of the model's forward inside this context, from 0.
+        recomputed: True in the backward of gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        site: Site,
+        module: nn.Module,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        mask: Any,
+        arguments: dict[str, Any],
+        original: str,
+        stock: Stock,
+        forward: int,
+        recomputed: bool,
+    ) -> None:
+        self.site, self.module = site, module
+        self.query, self.key, self.value = tensors
+        self.forward, self.recomputed = forward, recomputed
+        self.original = original
+        self.dropout = float(arguments.get("dropout") or 0.0)
+        self.training = module.training
+        self._session, self._mask, self._arguments, self._stock = session, mask, arguments, stock
+        self._cache: dict[str, Any] = {}
+
+    # The stock route -------------------------------------------------------------------------
+
+    def stock_mask(self) -> Any:
+        """The mask that the model's own implementation would have been given."""
+        if not isinstance(self._mask, MaskRequest):
+            return self._mask
+        mask = self._mask.stock()
+        if isinstance(mask, Tensor) and mask.device != self.query.device:
+            mask = mask.to(self.query.device)
+        return mask
+
+    def outcome(self) -> tuple[Tensor, Any]:
+        """Both results of the model's own attention function: output and weights (or None)."""
+        if "plain" not in self._cache:
+            self._cache["plain"] = self._stock(
+                self.module, self.query, self.key, self.value, self.stock_mask(), **self._arguments
+            )
+        found: tuple[Tensor, Any] = self._cache["plain"]
+        return found
+
+    def plain(self) -> Tensor:
+        """The stock output ``(batch, queries, heads, value_dim)``, bit for bit; computed once."""
+        return self.outcome()[0]
+
+    def plain_with_lse(self) -> tuple[Tensor, Tensor | None]:
+        """The stock output and, where it comes for free, the log-sum-exp ``(batch, heads, queries)``."""
+        return self.plain(), None
+
+    # What the model computes, described --------------------------------------------------------
+
+    @property
+    def scale(self) -> float:
+        """The factor of q.k. Raises `Refused` where scores are more than that and a bias."""
+        self._require_scores()
+        scaling = self._arguments.get("scaling")
+        return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+    @property
+    def sink(self) -> Tensor | None:
+        """One extra logit per head with no value ``(heads,)``, or None."""
+        if self.original == "sdpa":
+            return None  # the stock function ignores it, so the model computes without it
+        for name in ("s_aux", "sinks"):
+            given = self._arguments.get(name)
+            if isinstance(given, Tensor):
+                if given.numel() != self.query.shape[1]:
+                    raise Refused(
+                        f"{self.site}: {name} must hold one number per head ({self.query.shape[1]}), "
+                        f"got shape {tuple(given.shape)}."
+                    )
+                return given.reshape(-1)
+        return None
+
+    @property
+    def bias(self) -> Bias | None:
+        """The model's own masks and position bias, ``(queries, keys)``; None: everything is visible."""
+        if "bias" not in self._cache:
+            self._require_scores()
+            terms = self._mask_terms()
+            position = self._arguments.get("position_bias")
+            if position is not None:
+                terms.append(Dense(position[..., : self.key.shape[2]]))
+            self._cache["bias"] = add(*terms) if terms else None
+        bias: Bias | None = self._cache["bias"]
+        return bias
+
+    def _require_scores(self) -> None:
+        for name, what in _OPAQUE.items():
+            if self._arguments.get(name) is not None:
+                raise Refused(
+                    f"{self.site} {what}; this layer can be neither observed nor steered."
+                )
+
+    def _mask_terms(self) -> list[Bias]:
+        queries, keys = self.query.shape[2], self.key.shape[2]
+        mask = self._mask
+        if isinstance(mask, MaskRequest):
+            if (mask.queries, mask.keys) != (queries, keys):
+                raise Refused(
+                    f"{self.site}: the mask was asked for {mask.queries} x {mask.keys} positions, but "
+                    f"the layer attends from {queries} to {keys}."
+                )
+            if not mask.skipped():
+                bias = mask.bias()
+                return [] if bias is None else [bias]
+            mask = None
+        if mask is None:
+            return self._without_mask(queries, keys)
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            return [self._tensor(mask, queries, keys)]
+        got = f"{mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
+        raise Refused(f"{self.site}: an attention mask must have 4 dimensions, got a {got}.")
+
+    def _without_mask(self, queries: int, keys: int) -> list[Bias]:
+        """What no mask means: eager sees everything, sdpa follows `is_causal`, aligned to the start."""
+        if queries == 1 or not self._asks_causal():
+            return []
+        return [Causal(queries, keys, offset=0, device=self.query.device)]
+
+    def _asks_causal(self) -> bool:
+        if self.original == "eager":
+            return False
+        asked = self._arguments.get("is_causal")
+        return bool(getattr(self.module, "is_causal", True) if asked is None else asked)
+
+    def _tensor(self, mask: Tensor, queries: int, keys: int) -> Bias:
+        wanted = (self.query.shape[0], self.query.shape[1], queries, keys)
+        if any(have not in (1, want) for have, want in zip(mask.shape, wanted, strict=True)):
+            raise Refused(
+                f"{self.site}: the 4-D attention mask has shape {tuple(mask.shape)}, expected "
+                f"(batch | 1, heads | 1, queries | 1, keys | 1) of {wanted}."
+            )
+        if mask.dtype == torch.bool:
+            return Dense(mask)
+        # Transformers writes "hidden" as the lowest number of the dtype.
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        if bool((hidden | (mask == 0)).all()):
+            return Dense(~hidden)
+        return Dense(mask.masked_fill(hidden, -torch.inf))
+
+    # Where in the text -------------------------------------------------------------------------
+
+    @property
+    def past(self) -> int:
+        """Number of key slots before query 0; at cross-attention, that of the decoder's own layer."""
+        if self.site.kind == "cross":
+            before = self._session.decoder_call
+            return before.past if before is not None else 0
+        if isinstance(self._mask, MaskRequest):
+            return self._mask.query_start - self._mask.key_start
+        queries, keys = self.query.shape[2], self.key.shape[2]
+        if self._mask is None and queries > 1 and self._asks_causal():
+            return 0  # sdpa without a mask is aligned to the start
+        return max(keys - queries, 0)
+
+    @property
+    def phase(self) -> Literal["prefill", "decode"]:
+        """ "decode" for one query after others, else "prefill"."""
+        return "decode" if self.query.shape[2] == 1 and self.past > 0 else "prefill"
+
+    @property
+    def query_positions(self) -> Tensor:
+        """Token position of each query, ``(batch | 1, queries)``: 0 at the first real token, -1 at padding."""
+        queries = self.query.shape[2]
+        if self.site.kind == "cross":
+            before = self._session.decoder_call
+            if before is not None and before.queries == queries:
+                return before.query_positions
+        elif isinstance(self._mask, MaskRequest):
+            return self._mask.query_positions().to(self.query.device)
+        start = 0 if self.site.kind == "cross" else self.past
+        return torch.arange(start, start + queries, device=self.query.device)[None]
+
+    @property
+    def key_positions(self) -> Tensor:
+        """The same for keys, ``(batch | 1, keys)``; -1 also where the cache is not written yet."""
+        if isinstance(self._mask, MaskRequest):
+            return self._mask.key_positions().to(self.query.device)
+        queries, keys = self.query.shape[2], self.key.shape[2]
+        found = torch.arange(keys, device=self.query.device)[None]
+        if self.site.kind == "self" and self._mask is None and queries > 1 and self._asks_causal():
+            found = found.masked_fill(found >= queries, -1)
+        return found
+
+    def __repr__(self) -> str:
+        return (
+            f"Call({self.site}, queries={self.query.shape[2]}, keys={self.key.shape[2]}, "
+            f"forward={self.forward}, {self.phase})"
+        )
