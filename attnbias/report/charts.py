@@ -1,0 +1,171 @@
+"""Charts as Vega-Lite specifications made with Altair. They draw numbers and escape nothing.
+
+Colours of text and background are left to whoever draws (the page follows light and dark). The
+scale of the maps is viridis: ordered in lightness, readable with any colour vision and in grey.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import altair as alt
+
+from attnbias.report.data import Map, ReportData, Word
+
+PANELS = (
+    ("values", "This text"),
+    ("shuffled", "Control: words shuffled"),
+    ("random", "Control: random weights"),
+)
+NUMBERS_UP_TO = 16
+"""Up to so many layers and heads the number stands in the cell as well."""
+
+
+def number(value: float, unit: str) -> str:
+    """A value with its unit, as a reader sees it."""
+    if math.isnan(value):
+        return "not measured"
+    if unit.startswith("share"):
+        return f"{value:.1%}"
+    return f"{value:.3g} {unit}"
+
+
+def _short(value: float, unit: str) -> str:
+    """The value in the two or three characters that fit a cell; shares in percent."""
+    if unit.startswith("share"):
+        return f"{100 * value:.0f}"
+    return f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
+
+
+def top(one: Map) -> float:
+    """Upper end of the colour scale: the largest value of the three panels, never 0."""
+    values = [x for cell in one.cells() for x in cell[2:] if not math.isnan(x)]
+    return max([*values, 1e-9])
+
+
+def _rows(one: Map, panel: str) -> list[dict[str, Any]]:
+    column = {"values": 2, "shuffled": 3, "random": 4}[panel]
+    return [
+        {
+            "layer": cell[0],
+            "head": cell[1],
+            "value": cell[column],
+            "says": f"Layer {cell[0]}, head {cell[1]}: {number(cell[column], one.unit)}",
+            "short": _short(cell[column], one.unit),
+        }
+        for cell in one.cells()
+        if not math.isnan(cell[column])
+    ]
+
+
+def heat(one: Map, panel: str, title: str) -> alt.LayerChart:
+    """One layer-by-head map: layers downwards, heads to the right; value in the cell, on hover."""
+    rows = _rows(one, panel)
+    heads = max(len(row) for row in one.values)
+    layers = len(one.layers)
+    numbers = max(heads, layers) <= NUMBERS_UP_TO
+    cell = 26 if numbers else max(6, min(16, 400 // heads))
+    high = top(one)
+    share = one.unit.startswith("share")
+    legend = alt.Legend(
+        title=one.unit, orient="bottom", gradientLength=min(220, heads * cell),
+        format=".0%" if share else "~g", tickCount=4, titleLimit=300,
+    )  # fmt: skip
+    colour = alt.Color(
+        "value:Q", scale=alt.Scale(scheme="viridis", domain=[0, high]), legend=legend
+    )
+    step = 1 if numbers else max(1, -(-max(heads, layers) // 12))
+    ticks = list(range(0, 4096, step)) if step > 1 else None
+    head_axis = alt.Axis(labelAngle=0, ticks=False, domain=False, title="head", grid=False)
+    layer_axis = alt.Axis(ticks=False, domain=False, title="layer", grid=False)
+    if ticks:
+        head_axis.values = [h for h in ticks if h < heads]
+        layer_axis.values = [n for n in one.layers if n % step == 0]
+    chart = (
+        alt.Chart(alt.Data(values=rows), title=title)
+        .mark_rect(cursor="default")
+        .encode(
+            x=alt.X("head:O", axis=head_axis),
+            y=alt.Y("layer:O", axis=layer_axis, sort="ascending"),
+            color=colour,
+            tooltip=alt.Tooltip("says:N", title=one.title),
+            description=alt.Description("says:N"),
+        )
+        .properties(width=heads * cell, height=layers * (cell if numbers else min(cell, 12)))
+    )
+    if not numbers:
+        return alt.layer(chart)
+    # Black on the bright half, white on the dark: the switch is at luminance 0.18 of viridis.
+    shade = alt.condition(alt.datum.value > 0.42 * high, alt.value("black"), alt.value("white"))
+    words = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_text(fontSize=10, aria=False, tooltip=None, clip=True)
+        .encode(x="head:O", y="layer:O", text="short:N", color=shade)
+    )
+    return alt.layer(chart, words)
+
+
+def _label(word: Word, index: int, length: int = 22) -> str:
+    text = " ".join(word.text.split())
+    text = text if len(text) <= length else text[: length - 1] + "…"
+    return f"{text} ({index})"
+
+
+def ranked(data: ReportData, count: int = 15) -> alt.LayerChart:
+    """The words that receive most, with both controls: three shapes on one logarithmic axis."""
+    order = sorted(range(len(data.words)), key=lambda i: -data.words[i].received)[:count]
+    names = ("received", "shuffled", "random")
+    titles = [title for _, title in PANELS]
+    rows = [
+        {
+            "word": _label(data.words[i], i + 1),
+            "times": getattr(data.words[i], name),
+            "which": title,
+            "says": f"{_label(data.words[i], i + 1)}, {title.lower()}: "
+            f"{getattr(data.words[i], name):.2f} times the even share",
+        }
+        for i in order
+        for name, title in zip(names, titles, strict=True)
+        if getattr(data.words[i], name) > 0
+    ]
+    base = alt.Chart(alt.Data(values=rows), title="The words that receive most")
+    y = alt.Y(
+        "word:N", sort=[_label(data.words[i], i + 1) for i in order],
+        axis=alt.Axis(title="word (place in the text)", grid=True, ticks=False, domain=False),
+    )  # fmt: skip
+    x = alt.X(
+        "times:Q", scale=alt.Scale(type="log", nice=False, padding=12),
+        axis=alt.Axis(title="attention received, times the even share (log scale)", format="~g",
+                      tickCount=5),
+    )  # fmt: skip
+    # One legend for both: the two scales share domain, order and legend, so Vega merges them.
+    legend = alt.Legend(orient="top", columns=1, title=None)
+    shapes = alt.Scale(domain=titles, range=["circle", "triangle-up", "square"])
+    colours = alt.Scale(domain=titles, range=["#0072b2", "#e69f00", "#8c8c8c"])
+    points = base.mark_point(size=80, filled=True, opacity=0.95).encode(
+        x=x, y=y,
+        shape=alt.Shape("which:N", scale=shapes, legend=legend),
+        color=alt.Color("which:N", scale=colours, legend=legend),
+        tooltip=alt.Tooltip("says:N", title="received attention"),
+        description=alt.Description("says:N"),
+    )  # fmt: skip
+    even = (
+        alt.Chart(alt.Data(values=[{"times": 1}]))
+        .mark_rule(strokeDash=[4, 3], color="#888888", aria=False)
+        .encode(x="times:Q")
+    )
+    return alt.layer(even, points).properties(width=360, height=max(3, len(order)) * 20)
+
+
+def headline(data: ReportData) -> Map:
+    """The map that the figure leads with: attention to the first token, else the first map."""
+    return data.map("first_token") or data.maps[0]
+
+
+def figure(data: ReportData) -> dict[str, Any]:
+    """Specification of the main figure: the leading map with its controls over the ranked words."""
+    one = headline(data)
+    row = alt.hconcat(*[heat(one, panel, title) for panel, title in PANELS])
+    row = row.properties(title=alt.Title(f"{one.title}: {data.model}", fontSize=15))
+    return dict(alt.vconcat(row, ranked(data)).configure(background="white", padding=16).to_dict())

@@ -1,0 +1,254 @@
+"""Findings in words, from templates: each with its number, its threshold and its two controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from attnbias.report.data import Map, ReportData, Word
+
+STANDING = (
+    "Attention is not importance: a word that receives much attention need not matter to what the "
+    "model says, and a word that matters may receive little. These numbers show where attention "
+    "goes, not why, and not what would change without it."
+)
+
+NONE_FOUND = "No strong bias found."
+
+SINK_SHARE = 0.3
+"""A head is a sink head from this share of attention to one fixed token on."""
+NARROW_ENTROPY = 0.5
+"""A head is narrow below this part of the entropy of even attention."""
+LOCAL_DISTANCE = 0.25
+"""A head is local below this part of the mean distance of even attention."""
+RECEIVED_TIMES = 4.0
+"""A word stands out from this many times its even share on, as the mean over all heads."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One statement: what was found, its number, what the controls show, and how to read it."""
+
+    key: str
+    strong: bool
+    statement: str
+    strongest: str
+    controls: str
+    reading: str
+    threshold: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All findings, the strong ones first; `verdict` is the sentence that stands on top."""
+
+    verdict: str
+    findings: tuple[Finding, ...]
+    standing: str = STANDING
+
+    @property
+    def strong(self) -> tuple[Finding, ...]:
+        """The findings over their threshold."""
+        return tuple(one for one in self.findings if one.strong)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How one statistic becomes a finding. `cut` and `show` get the map's even value."""
+
+    key: str
+    name: str
+    above: bool
+    cut: Callable[[float], float]
+    says: Callable[[ReportData, Map], str]
+    show: Callable[[float, float], str]
+    threshold: str
+
+
+def percent(value: float) -> str:
+    """0.5 as "50%", with one digit below 10% and "under 0.1%" at the end of the scale."""
+    if math.isnan(value):
+        return "not measured"
+    if 0 < value < 0.001:
+        return "under 0.1%"
+    return f"{value:.1%}" if value < 0.0995 else f"{value:.0%}"
+
+
+def times(value: float) -> str:
+    """2.345 as "2.3 times"."""
+    return "not measured" if math.isnan(value) else f"{value:.2g} times"
+
+
+def _of_even(value: float, even: float) -> str:
+    return percent(value / even) if even > 0 else "not measured"
+
+
+def _first(data: ReportData, _: Map) -> str:
+    return (
+        f"at least {percent(SINK_SHARE)} of the attention goes to the first token "
+        f"(“{data.tokens[0]}”)"
+    )
+
+
+def _last(data: ReportData, _: Map) -> str:
+    return (
+        f"at least {percent(SINK_SHARE)} of the attention goes to the last token "
+        f"(“{data.tokens[-1]}”)"
+    )
+
+
+RULES = (
+    _Rule(
+        "first_token", "attention to the first token", True,
+        lambda even: max(SINK_SHARE, 2 * even), _first, lambda value, even: percent(value),
+        f"a head with {percent(SINK_SHARE)} or more of its attention on the first token "
+        "(and at least twice the even share)",
+    ),
+    _Rule(
+        "last_token", "attention to the last token", True,
+        lambda even: max(SINK_SHARE, 2 * even), _last, lambda value, even: percent(value),
+        f"a head with {percent(SINK_SHARE)} or more of its attention on the last token "
+        "(and at least twice the even share)",
+    ),
+    _Rule(
+        "entropy", "narrow attention", False,
+        lambda even: NARROW_ENTROPY * even,
+        lambda *_: "attention is narrow: its entropy is under "
+        f"{percent(NARROW_ENTROPY)} of that of attention spread evenly",
+        lambda value, even: f"{_of_even(value, even)} of even",
+        f"a head with an entropy under {percent(NARROW_ENTROPY)} of that of even attention",
+    ),
+    _Rule(
+        "distance", "attention to near tokens", False,
+        lambda even: LOCAL_DISTANCE * even,
+        lambda *_: "attention stays near: its mean distance is under "
+        f"{percent(LOCAL_DISTANCE)} of that of attention spread evenly",
+        lambda value, even: f"{value:.1f} tokens (even: {even:.1f})",
+        f"a head with a mean distance under {percent(LOCAL_DISTANCE)} of that of even attention",
+    ),
+)  # fmt: skip
+
+
+def summarise(data: ReportData) -> Summary:
+    """The findings of `data`, each against its stated threshold and its two controls.
+
+    A finding is strong when at least one head (or word) passes the threshold and, with random
+    weights, fewer than half as many do: what an untrained model shows as well is told, but it is
+    not called a bias of this model.
+    """
+    findings = [
+        _map_finding(data, rule, one)
+        for rule in RULES
+        for one in data.maps
+        if one.statistic == rule.key and one.cells()
+    ]
+    findings.append(_word_finding(data))
+    findings.sort(key=lambda one: not one.strong)
+    strong = [one for one in findings if one.strong]
+    verdict = (
+        f"{len(strong)} of {len(findings)} things looked at stand{'s' if len(strong) == 1 else ''} "
+        "out from even attention and from a model with random weights."
+        if strong
+        else f"{NONE_FOUND} Nothing passed its threshold beyond what random weights show."
+    )
+    return Summary(verdict, tuple(findings))
+
+
+def _passing(rule: _Rule, one: Map, column: int) -> int:
+    cut = rule.cut(one.even)
+    values = [cell[column] for cell in one.cells()]
+    return sum(v >= cut if rule.above else v < cut for v in values)
+
+
+def _extreme(rule: _Rule, one: Map, column: int) -> tuple[int, int, float]:
+    cells = [cell for cell in one.cells() if not math.isnan(cell[column])]
+    best = (max if rule.above else min)(cells, key=lambda cell: cell[column], default=None)
+    return (best[0], best[1], best[column]) if best else (0, 0, math.nan)
+
+
+def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
+    total = len(one.cells())
+    found, shuffled, random = (_passing(rule, one, column) for column in (2, 3, 4))
+    strong = found > 0 and 2 * random < found
+    tower = f" ({one.tower})" if len(data.towers) > 1 else ""
+    layer, head, value = _extreme(rule, one, 2)
+    ends = [rule.show(_extreme(rule, one, column)[2], one.even) for column in (3, 4)]
+    word = "most" if rule.above else "least"
+    counted = f"In {found} of {total} heads{tower} {rule.says(data, one)}."
+    if not found:
+        counted = f"No strong {rule.name}{tower}: no head of {total} passed the threshold."
+    even = (
+        f"; spread evenly it would be {rule.show(one.even, one.even)}"
+        if rule.key in ("first_token", "last_token")
+        else ""
+    )
+    return Finding(
+        key=rule.key,
+        strong=strong,
+        statement=counted,
+        strongest=f"The {word}: layer {layer}, head {head}, {rule.show(value, one.even)}{even}.",
+        controls=(
+            f"Same text, words shuffled: {shuffled} of {total} heads, {word} {ends[0]}. "
+            f"Same architecture, random weights: {random} of {total} heads, {word} {ends[1]}."
+        ),
+        reading=_reading(found, shuffled, random),
+        threshold=f"Threshold: {rule.threshold}.",
+    )
+
+
+def _reading(found: int, shuffled: int, random: int) -> str:
+    if not found:
+        return ""
+    if 2 * random >= found:
+        return "Random weights show it too: it comes with the architecture, not with training."
+    if 2 * shuffled >= found:
+        return (
+            "It stays when the words are shuffled and is not there with random weights: training "
+            "put it there, and it does not hang on the order of the words."
+        )
+    return (
+        "It weakens when the words are shuffled and is not there with random weights: it hangs on "
+        "the order of the words of this text."
+    )
+
+
+def _word_finding(data: ReportData) -> Finding:
+    def over(values: list[float]) -> int:
+        return sum(value >= RECEIVED_TIMES for value in values)
+
+    words = sorted(data.words, key=lambda word: -word.received)
+    found, shuffled, random = (
+        over([getattr(word, name) for word in words]) for name in ("received", "shuffled", "random")
+    )
+    total, top = len(words), words[: max(1, min(3, found))]
+    listed = ", ".join(f"“{word.text}” {times(word.received)}" for word in top)
+    statement = (
+        f"{found} of {total} words receive at least {times(RECEIVED_TIMES)} their even share."
+    )
+    if found == 1:
+        statement = f"1 of {total} words receives at least {times(RECEIVED_TIMES)} its even share."
+    if not found:
+        statement = (
+            f"No strong attention to single words: none of {total} passed the threshold as the "
+            "mean over all layers and heads."
+        )
+    return Finding(
+        key="received",
+        strong=found > 0 and 2 * random < found,
+        statement=statement,
+        strongest=f"The most: {listed} the even share.",
+        controls=_word_controls(top[0], total, shuffled, random),
+        reading=_reading(found, shuffled, random),
+        threshold=(
+            f"Threshold: a word with {times(RECEIVED_TIMES)} its even share, mean over all heads."
+        ),
+    )
+
+
+def _word_controls(top: Word, total: int, shuffled: int, random: int) -> str:
+    return (
+        f"Same text, words shuffled: {shuffled} of {total} words, “{top.text}” "
+        f"{times(top.shuffled)}. Same architecture, random weights: {random} of {total} words, "
+        f"“{top.text}” {times(top.random)}."
+    )
