@@ -19,9 +19,9 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.M))
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 
-# Written apart, so that this file does not hold what it looks for.
-MACHINE = [rf"(?<![\w.]){start}" + "/" for start in ("/work", "/root", "/home", "/opt")]
-HOSTS = [r"py" r"pi\.org", r"python" r"hosted\.org", r"extra-" r"index-url", r"arti" r"factory"]
+# Joined here, so that this file does not hold what it looks for.
+MACHINE = [rf"(?<![\w.-])/{folder}/" for folder in ("work", "root", "home", "opt")]
+HOSTS = ["".join(p) for p in (("pypi", r"\.org"), ("python", "hosted"), ("extra-", "index-url"))]
 
 
 def commands(text: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_links_lead_somewhere(page) -> None:
 
 def test_no_machine_paths_and_no_registry_hosts() -> None:
     patterns = [re.compile(pattern) for pattern in MACHINE + HOSTS]
-    assert patterns[0].search("see /work/x")
+    assert patterns[0].search("/".join(("see ", "work", "x")))
     for path in ours():
         try:
             text = path.read_text(encoding="utf-8")
