@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from attnbias.bias import Bias, Causal, Dense, add
 from attnbias.errors import Refused
 from attnbias.hub.request import MaskRequest
 from attnbias.hub.sites import Site
+from attnbias.hub.stock import Stock, shared_flash
 
 if TYPE_CHECKING:
     from attnbias.hub.adapter import Session
@@ -24,20 +24,19 @@ _OPAQUE = {
     "cache": "keeps its keys in pages (continuous batching)",
 }
 
-Stock = Callable[..., tuple[Tensor, Any]]
-
 
 class Call:
     r"""One attention call at one site.
 
-    .. math:: o_i = \sum_j \mathrm{softmax}_j(\mathrm{scale}\; q_i \cdot k_j + \mathrm{bias}_{ij})\, v_j
+    .. math:: o_i = \sum_j \mathrm{softmax}_j(s\, q_i \cdot k_j + B_{ij})\, v_j
 
-    with one more logit `sink` per head in the softmax where the model has one.
+    with ``s`` = `scale`, ``B`` = `bias`, and one more logit `sink` per head in the softmax where
+    the model has one.
 
     Attributes:
         site: where.
         query: ``(batch, heads, queries, dim)``, rotary embedding applied.
-        key, value: ``(batch, key_heads, keys, dim)``, after the cache, not repeated for grouped heads.
+        key, value: ``(batch, key_heads, keys, dim)``, after the cache, not repeated for groups.
         dropout: probability of dropping a weight in this call. training: mode of the module.
         forward: number of the model's forward inside this context, from 0.
         recomputed: True in the backward of gradient checkpointing.
@@ -62,7 +61,8 @@ class Call:
         self.original = original
         self.dropout = float(arguments.get("dropout") or 0.0)
         self.training = module.training
-        self._session, self._mask, self._arguments, self._stock = session, mask, arguments, stock
+        self.stock = stock
+        self._session, self._mask, self._arguments = session, mask, arguments
         self._cache: dict[str, Any] = {}
 
     # The stock route -------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class Call:
     def outcome(self) -> tuple[Tensor, Any]:
         """Both results of the model's own attention function: output and weights (or None)."""
         if "plain" not in self._cache:
-            self._cache["plain"] = self._stock(
+            self._cache["plain"] = self.stock(
                 self.module, self.query, self.key, self.value, self.stock_mask(), **self._arguments
             )
         found: tuple[Tensor, Any] = self._cache["plain"]
@@ -90,8 +90,17 @@ class Call:
         return self.outcome()[0]
 
     def plain_with_lse(self) -> tuple[Tensor, Tensor | None]:
-        """The stock output and, where it comes for free, the log-sum-exp ``(batch, heads, queries)``."""
-        return self.plain(), None
+        """The stock output, and its log-sum-exp ``(batch, heads, queries)`` where that is free.
+
+        Minus infinity in rows that see no key. None under eager, with gradients, dropout, one query
+        or a mask too large to be worth it: compute it from `scale`, `bias` and `sink` then.
+        """
+        if "lse" not in self._cache:
+            shared = None if "plain" in self._cache else shared_flash(self)
+            if shared is not None:
+                self._cache["plain"] = (shared[0], None)
+            self._cache["lse"] = None if shared is None else shared[1]
+        return self.plain(), self._cache["lse"]
 
     # What the model computes, described --------------------------------------------------------
 
@@ -112,15 +121,15 @@ class Call:
             if isinstance(given, Tensor):
                 if given.numel() != self.query.shape[1]:
                     raise Refused(
-                        f"{self.site}: {name} must hold one number per head ({self.query.shape[1]}), "
-                        f"got shape {tuple(given.shape)}."
+                        f"{self.site}: {name} must hold one number per head "
+                        f"({self.query.shape[1]}), got shape {tuple(given.shape)}."
                     )
                 return given.reshape(-1)
         return None
 
     @property
     def bias(self) -> Bias | None:
-        """The model's own masks and position bias, ``(queries, keys)``; None: everything is visible."""
+        """The model's own masks and position bias, ``(queries, keys)``; None: all is visible."""
         if "bias" not in self._cache:
             self._require_scores()
             terms = self._mask_terms()
@@ -131,12 +140,21 @@ class Call:
         bias: Bias | None = self._cache["bias"]
         return bias
 
-    def _require_scores(self) -> None:
+    def argument(self, name: str) -> Any:
+        """A keyword argument that the model gave its attention function, None where it did not."""
+        return self._arguments.get(name)
+
+    def opaque(self) -> str | None:
+        """Why the scores are more than ``scale * q.k + bias``, None where they are not."""
         for name, what in _OPAQUE.items():
             if self._arguments.get(name) is not None:
-                raise Refused(
-                    f"{self.site} {what}; this layer can be neither observed nor steered."
-                )
+                return f"{self.site} {what}; this layer can be neither observed nor steered."
+        return None
+
+    def _require_scores(self) -> None:
+        reason = self.opaque()
+        if reason is not None:
+            raise Refused(reason)
 
     def _mask_terms(self) -> list[Bias]:
         queries, keys = self.query.shape[2], self.key.shape[2]
@@ -144,8 +162,8 @@ class Call:
         if isinstance(mask, MaskRequest):
             if (mask.queries, mask.keys) != (queries, keys):
                 raise Refused(
-                    f"{self.site}: the mask was asked for {mask.queries} x {mask.keys} positions, but "
-                    f"the layer attends from {queries} to {keys}."
+                    f"{self.site}: the mask was asked for {mask.queries} x {mask.keys} positions, "
+                    f"but the layer attends from {queries} to {keys}."
                 )
             if not mask.skipped():
                 bias = mask.bias()
@@ -159,7 +177,7 @@ class Call:
         raise Refused(f"{self.site}: an attention mask must have 4 dimensions, got a {got}.")
 
     def _without_mask(self, queries: int, keys: int) -> list[Bias]:
-        """What no mask means: eager sees everything, sdpa follows `is_causal`, aligned to the start."""
+        """No mask: eager sees everything, sdpa follows `is_causal`, aligned to the start."""
         if queries == 1 or not self._asks_causal():
             return []
         return [Causal(queries, keys, offset=0, device=self.query.device)]
@@ -189,7 +207,7 @@ class Call:
 
     @property
     def past(self) -> int:
-        """Number of key slots before query 0; at cross-attention, that of the decoder's own layer."""
+        """Key slots before query 0; at cross-attention, that of the decoder's own layer."""
         if self.site.kind == "cross":
             before = self._session.decoder_call
             return before.past if before is not None else 0
@@ -207,7 +225,10 @@ class Call:
 
     @property
     def query_positions(self) -> Tensor:
-        """Token position of each query, ``(batch | 1, queries)``: 0 at the first real token, -1 at padding."""
+        """Token position of each query, ``(batch | 1, queries)``.
+
+        0 at the first real token of the row, -1 at padding. Packed sequences count on through it.
+        """
         queries = self.query.shape[2]
         if self.site.kind == "cross":
             before = self._session.decoder_call

@@ -1,24 +1,21 @@
 """What our mask function returns in place of an N x N mask: the request itself.
 
-Transformers hands the return value of a registered mask function to the attention function untouched,
-so a small object can carry lengths, offsets, padding and the model's own mask function to the place
-where they are needed. From it come, lazily and once per request, the stock mask (for the plain output,
-bit for bit) and the same mask as a structured `Bias` (for everything of ours).
+Transformers hands the return value of a registered mask function to the attention function
+untouched, so a small object can carry lengths, offsets, padding and the model's own mask function
+to the place where they are needed. From it come, lazily and once per request, the stock mask (for
+the plain output, bit for bit) and the same mask as a structured `Bias` (for everything of ours).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnbias.bias import Bias, Causal, MaskFunction, Padding, Segments, Window, add
+from attnbias.bias import Bias, MaskFunction, Padding, add
 from attnbias.errors import Refused
-
-Rule = Callable[..., Any]
-MASKING_MODULE = "transformers.masking_utils"
+from attnbias.hub.parsing import Rule, is_causal, parse, simple
 
 
 class _Materialised(Exception):
@@ -46,7 +43,7 @@ class MaskRequest:
 
     def __init__(self, stock: Rule, arguments: dict[str, Any]) -> None:
         # Static caches pass their own running length and advance it in place: read it now or never.
-        self.arguments = {
+        self.arguments: dict[str, Any] = {
             name: value.clone()
             if name in ("q_offset", "kv_offset") and isinstance(value, Tensor)
             else value
@@ -54,7 +51,7 @@ class MaskRequest:
         }
         self._stock_function = stock
         self._cache: dict[Any, Any] = {}
-        position = self.arguments.get("cache_position")
+        position: Tensor | None = self.arguments.get("cache_position")
         if position is not None:
             position = position.clone()
             self.arguments["cache_position"] = position
@@ -83,7 +80,10 @@ class MaskRequest:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.arguments.get("device", "cpu"))
+        given: Any = self.arguments.get("device")
+        if given is None:
+            given = "cpu" if self.padding is None else self.padding.device
+        return torch.device(given)
 
     def __getitem__(self, index: Any) -> Any:
         """A model that cuts its mask gets a tensor, as if the request had never been."""
@@ -158,7 +158,7 @@ class MaskRequest:
     def causal(self) -> bool:
         """Whether no query sees a later key, as far as the rule is recognised."""
         parsed = self._parsed()
-        return parsed is not None and any(_is_causal(term) for term in parsed)
+        return parsed is not None and any(is_causal(term) for term in parsed)
 
     def _parsed(self) -> list[Bias] | None:
         if "parsed" not in self._cache:
@@ -172,8 +172,8 @@ class MaskRequest:
             terms: list[Bias] = [self._function()]
             reach = self.keys
         else:
-            terms = [term for term in map(_simple, parsed) if term is not None]
-            # Slots after the last query are hidden by a causal mask whatever the padding says of them.
+            terms = [term for term in map(simple, parsed) if term is not None]
+            # A causal mask hides the slots after the last query, whatever the padding says.
             reach = self.query_start + self.queries - self.key_start if self.causal else self.keys
         keep = self.keep()
         if keep is not None and not bool(keep[:, : max(reach, 0)].all()):
@@ -203,7 +203,7 @@ class MaskRequest:
     # Padding and positions -------------------------------------------------------------------
 
     def _real(self, stop: int) -> Tensor | None:
-        """The 2-D mask over the slots 0 to `stop`, False beyond its end; None where there is none."""
+        """The 2-D mask over the slots 0 to `stop`, False beyond its end; None without one."""
         if self.padding is None:
             return None
         real = self.padding.to(torch.bool)
@@ -224,7 +224,7 @@ class MaskRequest:
         return self._positions("query", self.query_start, self.query_start + self.queries)
 
     def key_positions(self) -> Tensor:
-        """Token position of each key, ``(batch | 1, keys)``; -1 at padding and in unwritten slots."""
+        """Token position of each key, ``(batch | 1, keys)``; -1 at padding, in unwritten slots."""
         stop = self.key_start + self.keys
         found = self._positions("key", self.key_start, stop)
         written = self.query_start + self.queries
@@ -244,178 +244,3 @@ class MaskRequest:
             self._cache[name] = found
         positions: Tensor = self._cache[name]
         return positions
-
-
-# Recognising the mask functions of transformers ------------------------------------------------
-
-
-def _is_causal(term: Bias) -> bool:
-    return isinstance(term, Window) and term.after is not None and term.after <= 0
-
-
-def _simple(term: Bias) -> Bias | None:
-    """A causal mask or window without the sides that hide nothing at these lengths."""
-    if not isinstance(term, Window):
-        return term
-    assert term.queries is not None and term.keys is not None
-    low, high = term.band()
-    before = None if low is None or low <= 1 - term.queries else term.before
-    after = None if high is None or high >= term.keys - 1 else term.after
-    if before is None and after is None:
-        return None
-    return Window(
-        before, after, queries=term.queries, keys=term.keys, offset=term.offset, device=term.device
-    )
-
-
-def _closure(rule: Rule) -> dict[str, Any]:
-    cells = getattr(rule, "__closure__", None) or ()
-    return {
-        name: cell.cell_contents
-        for name, cell in zip(rule.__code__.co_freevars, cells, strict=True)
-    }
-
-
-def parse(rule: Rule, request: MaskRequest) -> list[Bias] | None:
-    """The structures whose sum is `rule` over the slots of `request`; None where it is not known."""
-    if getattr(rule, "__module__", None) != MASKING_MODULE or not hasattr(rule, "__code__"):
-        return None
-    name = rule.__qualname__.split(".")[0]
-    reader = _READERS.get(name)
-    return None if reader is None else reader(_closure(rule), request)
-
-
-def _sizes(request: MaskRequest) -> dict[str, Any]:
-    return {
-        "queries": request.queries,
-        "keys": request.keys,
-        "offset": request.query_start - request.key_start,
-        "device": request.device,
-    }
-
-
-def _causal(_: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    return [Causal(**_sizes(request))]
-
-
-def _bidirectional(_: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    return []
-
-
-def _sliding(closure: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    return [Window(int(closure["sliding_window"]) - 1, None, **_sizes(request))]
-
-
-def _sliding_both(closure: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    width = int(closure["sliding_window"])
-    return [Window(width, width, **_sizes(request))]
-
-
-def _chunked(closure: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    left = closure["left_padding"]
-    if not isinstance(left, Tensor) or left.shape != (request.batch,):
-        return None
-    size = int(closure["chunk_size"])
-
-    def chunk(start: int, length: int) -> Tensor:
-        slots = torch.arange(start, start + length, device=left.device)
-        return torch.div(slots[None] - left[:, None], size, rounding_mode="floor")
-
-    return [
-        Segments(
-            chunk(request.query_start, request.queries), chunk(request.key_start, request.keys)
-        )
-    ]
-
-
-def _padding(closure: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    keep = closure["padding_mask"].to(torch.bool)
-    stop = request.key_start + request.keys
-    if keep.ndim != 2 or keep.shape[-1] < stop:
-        return None
-    return [Padding(keep[:, request.key_start : stop])]
-
-
-def _packed(closure: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    ids = closure["packed_sequence_mask"]
-    length = max(request.query_start + request.queries, request.key_start + request.keys)
-    if ids.ndim != 2 or ids.shape[-1] < length:
-        return None
-    return [
-        Segments(
-            ids[:, request.query_start : request.query_start + request.queries],
-            ids[:, request.key_start : request.key_start + request.keys],
-        )
-    ]
-
-
-def _all_of(closure: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    rules = closure["mask_functions"]
-    within = _within_packed(rules)
-    if within is not None:
-        rules = within
-    terms: list[Bias] = []
-    for rule in rules:
-        parsed = parse(rule, request)
-        if parsed is None:
-            return None
-        terms += parsed
-    return list(add(*terms).terms()) if terms else []
-
-
-def _any_of(closure: dict[str, Any], request: MaskRequest) -> list[Bias] | None:
-    rules = closure["mask_functions"]
-    return parse(rules[0], request) if len(rules) == 1 else None
-
-
-def _within_packed(rules: tuple[Rule, ...]) -> tuple[Rule, ...] | None:
-    """Packed sequences: (same sequence) and (rule on the positions inside the sequence).
-
-    Inside one sequence positions count up by one, so a rule that only compares positions says the
-    same on slots, and the positions can be forgotten. That is checked here, not assumed.
-    """
-    if len(rules) != 2:
-        return None
-    names = [getattr(rule, "__qualname__", "").split(".")[0] for rule in rules]
-    if names != ["packed_sequence_mask_function", "remap_positions_for_packed_sequence"]:
-        return None
-    ids = _closure(rules[0])["packed_sequence_mask"]
-    inner = _closure(rules[1])
-    positions = inner["position_ids"]
-    if positions.shape != ids.shape:
-        return None
-    same = ids[:, 1:] == ids[:, :-1]
-    steady = bool(((positions.diff(dim=-1) == 1) | ~same).all()) and bool((positions >= 0).all())
-    if not steady or not _compares_only(inner["mask_function"]):
-        return None
-    return (rules[0], inner["mask_function"])
-
-
-_COMPARING = {
-    "causal_mask_function",
-    "bidirectional_mask_function",
-    "sliding_window_overlay",
-    "sliding_window_bidirectional_overlay",
-}
-
-
-def _compares_only(rule: Rule) -> bool:
-    if getattr(rule, "__module__", None) != MASKING_MODULE:
-        return False
-    name = rule.__qualname__.split(".")[0]
-    if name == "and_masks":
-        return all(_compares_only(part) for part in _closure(rule)["mask_functions"])
-    return name in _COMPARING
-
-
-_READERS: dict[str, Callable[[dict[str, Any], MaskRequest], list[Bias] | None]] = {
-    "causal_mask_function": _causal,
-    "bidirectional_mask_function": _bidirectional,
-    "sliding_window_overlay": _sliding,
-    "sliding_window_bidirectional_overlay": _sliding_both,
-    "chunked_overlay": _chunked,
-    "padding_mask_function": _padding,
-    "packed_sequence_mask_function": _packed,
-    "and_masks": _all_of,
-    "or_masks": _any_of,
-}

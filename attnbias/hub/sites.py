@@ -25,8 +25,8 @@ class Site:
 
     Attributes:
         tower: "text" (decoder-only models and BERT-type encoders), "vision", "audio", "encoder" and
-            "decoder" (of encoder-decoders), "cross" (their cross-attention). A second tower of the same
-            kind is "text 2", and so on.
+            "decoder" (of encoder-decoders), "cross" (their cross-attention). A second tower of the
+            same kind is "text 2", and so on.
         layer: counts from 0 inside the tower, in the order of `named_modules`.
         name: dotted path of the module inside the (unwrapped) model.
         kind: "self" or "cross".
@@ -69,7 +69,7 @@ def pretrained_class() -> type[nn.Module]:
 
 
 def calling_function(kind: type) -> FunctionType | None:
-    """The method of an attention class that looks up the attention registry; None for other classes.
+    """The method of an attention class that looks up the attention registry, None if it has none.
 
     The compiled names are read, not the source text: that works without source files, through
     decorators, and for classes that inherit the method.
@@ -146,8 +146,8 @@ def sites(model: nn.Module) -> list[Site]:
         model: a transformers model, also inside PEFT, `torch.compile` or a plain `nn.Module`.
 
     Returns:
-        One `Site` per attention module, in the order of `named_modules`; empty for a model that does
-        not use the attention interface of transformers.
+        One `Site` per attention module, in the order of `named_modules`; empty for a model that
+        does not use the attention interface of transformers.
     """
     return [entry.site for entry in find(model)]
 

@@ -1,0 +1,177 @@
+"""Our one name in the registries of transformers: there on entry, gone on the last exit.
+
+The functions are module-level and hold no state: compiled graphs and other libraries' wrappers may
+keep them after a context has ended, so they find the session by the identity of the module.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from attnbias.errors import Refused
+from attnbias.hub.call import Call
+from attnbias.hub.request import MaskRequest
+from attnbias.hub.sites import Site
+from attnbias.hub.stock import stock_attention
+
+NAME = "attnbias"  # a plain word: "flash" or "/" in a name change what transformers does with it
+SUPPORTED = ("sdpa", "eager")
+CONFIG_KEY = "_attn_implementation_internal"
+LOCK = threading.RLock()
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def outside_graphs(function: F) -> F:
+    """Keep `function` out of compiled graphs.
+
+    Participants run any Python on live tensors, and which of them are there must be read anew at
+    each call, not frozen into a graph: one graph break per attention layer, in a context only.
+    """
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+class Host(Protocol):
+    """What a session must be able to do for a call that reached us."""
+
+    def attend(self, site: Site, call_of: Callable[[int, bool], Call]) -> tuple[Tensor, Any]: ...
+
+
+SITES: dict[int, tuple[nn.Module, Site, Any]] = {}
+CONFIGS: dict[int, list[Any]] = {}  # id -> [config, name of the original implementation, users]
+
+
+@outside_graphs
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """What transformers calls for attention under our name."""
+    original = _original(module)
+    stock = stock_attention(module, original)
+    entry = SITES.get(id(module))
+    if entry is None or entry[0] is not module:
+        # A model that shares its config with the one in the context: not ours, stock.
+        mask = attention_mask.stock() if isinstance(attention_mask, MaskRequest) else attention_mask
+        return stock(module, query, key, value, mask, **kwargs)
+    _, site, session = entry
+
+    def call_of(forward: int, recomputed: bool) -> Call:
+        return Call(
+            session,
+            site,
+            module,
+            (query, key, value),
+            attention_mask,
+            kwargs,
+            original,
+            stock,
+            forward,
+            recomputed,
+        )
+
+    return cast(Host, session).attend(site, call_of)
+
+
+@outside_graphs
+def mask_function(*args: Any, **kwargs: Any) -> MaskRequest:
+    """What transformers calls for a mask under our name: the request is kept, not carried out."""
+    given = kwargs.get("attention_mask")
+    if isinstance(given, MaskRequest):
+        return given  # static caches ask twice: once ahead of the forward, once inside it
+    from transformers import masking_utils
+
+    entry = CONFIGS.get(id(kwargs.get("config")))
+    original = "sdpa" if entry is None else entry[1]
+    if args:
+        names = ("batch_size", "q_length", "kv_length")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    return MaskRequest(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[original], kwargs)
+
+
+def _original(module: nn.Module) -> str:
+    entry = CONFIGS.get(id(getattr(module, "config", None)))
+    if entry is None:
+        raise Refused(
+            f"{type(module).__name__} names {NAME!r} but is in no context: it was copied inside one; "
+            "copy before entering, or call copy.set_attn_implementation('sdpa')."
+        )
+    return str(entry[1])
+
+
+# Names -------------------------------------------------------------------------------------------
+
+_ABSENT = object()
+_users = 0
+_saved: list[tuple[dict[str, Any], Any]] = []
+
+
+def _tables() -> list[tuple[dict[str, Any], Callable[..., Any]]]:
+    """The maps that must hold our name: class-wide ones, and local ones, which win over them."""
+    from transformers import masking_utils, modeling_utils
+
+    attention = modeling_utils.ALL_ATTENTION_FUNCTIONS
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    return [
+        (type(attention)._global_mapping, attention_function),
+        (attention._local_mapping, attention_function),
+        (type(masks)._global_mapping, mask_function),
+        (masks._local_mapping, mask_function),
+    ]
+
+
+def register() -> None:
+    """Put our functions under our name, remembering what was there."""
+    global _users
+    with LOCK:
+        if _users == 0:
+            _saved.extend((table, table.get(NAME, _ABSENT)) for table, _ in _tables())
+        _users += 1
+        assert_registered()
+
+
+def assert_registered() -> None:
+    """Put our functions in place again: another library may have wrapped every entry since."""
+    for table, function in _tables():
+        if table.get(NAME) is not function:
+            table[NAME] = function
+
+
+def unregister() -> None:
+    """Take our name away again when nobody uses it any more."""
+    global _users
+    with LOCK:
+        _users -= 1
+        if _users:
+            return
+        while _saved:
+            table, before = _saved.pop()
+            if before is _ABSENT:
+                table.pop(NAME, None)
+            else:
+                table[NAME] = before
+
+
+def switch(config: Any) -> None:
+    """Let `config` name us; counted, as models may share a config."""
+    entry = CONFIGS.setdefault(id(config), [config, vars(config)[CONFIG_KEY], 0])
+    entry[2] += 1
+    vars(config)[CONFIG_KEY] = NAME
+
+
+def switch_back(config: Any) -> None:
+    """Undo one `switch`."""
+    entry = CONFIGS[id(config)]
+    entry[2] -= 1
+    if entry[2] == 0:
+        vars(config)[CONFIG_KEY] = entry[1]
+        del CONFIGS[id(config)]
