@@ -1,0 +1,195 @@
+"""`observe`: statistics of a model's attention while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from attnbias.bias import Bias
+from attnbias.errors import AttnbiasError, Refused
+from attnbias.observe.registry import resolve
+from attnbias.observe.run import Run
+from attnbias.observe.scene import Scene
+from attnbias.observe.seen import Seen
+from attnbias.observe.statistic import Statistic, measure
+
+if TYPE_CHECKING:
+    from attnbias.hub import Call, Site
+
+FEW = 16  # below this many queries the map is small: one tile costs less than several fused calls
+
+
+class Observer:
+    """Sees each attention call of a model and adds up the statistics. A participant of the hub."""
+
+    role = "see"
+
+    def __init__(
+        self,
+        statistics: list[Statistic],
+        *,
+        spans: Mapping[str, Any] | None = None,
+        wanted: set[Site] | None = None,
+        fused: bool = True,
+    ) -> None:
+        self.seen = Seen(statistics, dict(spans or {}))
+        self.statistics, self.wanted, self.fused = statistics, wanted, fused
+
+    def begin_forward(self, forward: int) -> None:
+        """Nothing to prepare."""
+
+    def end_forward(self, forward: int) -> None:
+        """Nothing to settle: every call is complete in itself."""
+
+    def see(self, call: Call, extra: Bias | None, output: Tensor, lse: Tensor | None) -> None:
+        """Measure one call; its output is not touched."""
+        if self.wanted is not None and call.site not in self.wanted:
+            return
+        with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+            scene = Scene(call, extra, lse, self.seen.spans)
+            if scene.batch == 0 or scene.queries == 0 or scene.keys == 0:
+                return
+            run = self._run(call, scene)
+            fused = self.fused and scene.queries >= FEW
+            run.add(scene, measure(scene, self.statistics, fused=fused))
+
+    def _run(self, call: Call, scene: Scene) -> Run:
+        """The run that the call belongs to; one that starts its sequences starts a run."""
+        runs = self.seen._runs.setdefault(call.site, [])
+        starts = bool((scene.query_positions[:, 0] <= 0).all())
+        if call.site.kind == "self":
+            starts = call.past == 0
+        if not runs and not starts:
+            raise Refused(
+                f"{call.site}: the first forward seen continues a cache that was filled before "
+                "observe() was entered; run the prefill inside the context."
+            )
+        if starts:
+            runs.append(Run(self.statistics, scene))
+        else:
+            runs[-1].check(scene)
+        return runs[-1]
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    statistics: Any,
+    *,
+    spans: Mapping[str, Any] | None = None,
+    layers: str | Iterable[int] | Mapping[str, Iterable[int]] = "all",
+    fused: bool = True,
+) -> Iterator[Seen]:
+    """Statistics of the attention of a pretrained model, without its N x N maps.
+
+    Inside the context the model runs as always: its output is unchanged to the last bit, also under
+    ``generate``. After each attention call the statistics are computed from its queries, keys and
+    masks, in float32 whatever the model's dtype, by one more fused call or by tiles of 256 queries
+    of one head. Within a `steer` context they are those of the edited attention.
+
+    Forwards that continue a cache (chunks of a prefill, decoding steps) continue the same run; a
+    forward without past starts a new one. Beam search, assisted decoding and any other change of
+    rows or step back between two forwards is refused, since observing it would mix sequences.
+
+    Args:
+        model: a Hugging Face model that `support` says can be observed.
+        statistics: a list of statistics (``statistics.Received()``), classes or names
+            (``"received"``).
+        spans: name -> ``(start, stop)``, or a list with one such pair (or None) for each row of the
+            batch: absolute token positions, 0 is the first real token of a row; ``stop`` None is
+            open, so that the span grows while the model generates.
+        layers: "all", layer numbers (in every tower), or tower -> layer numbers.
+        fused: False computes everything from tiles (slower; the same numbers to about 1e-5).
+
+    Yields:
+        `Seen`, with ``table()``, ``tensor(name)`` and ``save(path)``.
+
+    Raises:
+        AttnbiasError: bad statistics, spans or layers; nothing is changed.
+        Refused: a model or a call that cannot be observed exactly.
+    """
+    from attnbias.hub import attach, sites
+
+    found = resolve(statistics)
+    checked = check_spans(spans)
+    for statistic in found:
+        statistic.check(tuple(checked))
+    wanted = None if layers == "all" else choose(sites(model), layers)
+    observer = Observer(found, spans=checked, wanted=wanted, fused=fused)
+    with attach(model, observer):
+        yield observer.seen
+
+
+def choose(sites: list[Site], layers: Any) -> set[Site]:
+    """The sites of the layers wanted; a layer or tower that is not there is an error."""
+    if isinstance(layers, str):
+        raise AttnbiasError(
+            f'layers must be "all", layer numbers or tower -> layer numbers, got {layers!r}.'
+        )
+    towers = {s.tower for s in sites}
+    try:
+        asked: list[tuple[str | None, int]]
+        if isinstance(layers, Mapping):
+            asked = [(tower, n) for tower, numbers in layers.items() for n in numbers]
+        else:
+            asked = [(None, n) for n in layers]
+    except TypeError:
+        raise AttnbiasError(
+            f'layers must be "all", layer numbers or tower -> layer numbers, got {layers!r}.'
+        ) from None
+    wanted: set[Site] = set()
+    for tower, number in asked:
+        here = {s for s in sites if s.layer == number and tower in (None, s.tower)}
+        if isinstance(number, bool) or not isinstance(number, int) or not here:
+            place = "" if tower is None else f" of tower {tower!r}"
+            most = {t: max(s.layer for s in sites if s.tower == t) for t in sorted(towers)}
+            known = ", ".join(f"{t} 0 to {n}" for t, n in most.items())
+            raise AttnbiasError(f"layers: there is no layer {number!r}{place}; there is {known}.")
+        wanted |= here
+    if not wanted:
+        raise AttnbiasError("layers is empty; name at least one layer.")
+    return wanted
+
+
+def check_spans(spans: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Spans as plain tuples and lists of integers; one sentence for any that is not a span."""
+    if spans is None:
+        return {}
+    if not isinstance(spans, Mapping):
+        raise AttnbiasError(
+            f"spans must be a mapping of name to (start, stop), got {type(spans).__name__}."
+        )
+    return {_name(name): _span(name, span) for name, span in spans.items()}
+
+
+def _name(name: object) -> str:
+    if not isinstance(name, str) or not name:
+        raise AttnbiasError(f"the name of a span must be a word, got {name!r}.")
+    return name
+
+
+def _span(name: str, span: Any) -> Any:
+    if isinstance(span, list) and all(
+        row is None or (isinstance(row, (tuple, list)) and len(row) == 2) for row in span
+    ):
+        return [None if row is None else _pair(name, row) for row in span]
+    return _pair(name, span)
+
+
+def _pair(name: str, span: Any) -> tuple[int, int | None]:
+    problem = AttnbiasError(
+        f"spans[{name!r}] must be (start, stop) with 0 <= start < stop (or stop None), or a list "
+        f"of such pairs, one for each row of the batch, got {span!r}."
+    )
+    try:
+        start, stop = span
+    except (TypeError, ValueError):
+        raise problem from None
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (start, stop or 1))
+    if not whole or start < 0 or (stop is not None and stop <= start):
+        raise problem
+    return (start, stop)

@@ -1,0 +1,29 @@
+"""The statistics: one small class per file. Another package can add one (see `Statistic`)."""
+
+from __future__ import annotations
+
+from attnbias.observe.registry import available, by_name
+from attnbias.observe.statistic import Gathered, State, Statistic
+from attnbias.observe.statistics.distance import Distance
+from attnbias.observe.statistics.entropy import Entropy
+from attnbias.observe.statistics.first_token import FirstToken
+from attnbias.observe.statistics.received import Received
+from attnbias.observe.statistics.share import Share
+from attnbias.observe.statistics.sink_rate import SinkRate
+
+BUILTIN = ("Received", "Entropy", "FirstToken", "SinkRate", "Distance", "Share")
+
+__all__ = [
+    "BUILTIN",
+    "Distance",
+    "Entropy",
+    "FirstToken",
+    "Gathered",
+    "Received",
+    "Share",
+    "SinkRate",
+    "State",
+    "Statistic",
+    "available",
+    "by_name",
+]
