@@ -1,0 +1,14 @@
+"""Shift the attention of a trained model, without training: ``ab.steer(model, rule, ...)``."""
+
+from __future__ import annotations
+
+from attnbias._room import callable_room
+from attnbias.steer import rules
+from attnbias.steer.context import steer
+from attnbias.steer.recipe import Recipe
+from attnbias.steer.rule import Rule
+from attnbias.steer.site import Range, SiteCall
+
+__all__ = ["Range", "Recipe", "Rule", "SiteCall", "rules", "steer"]
+
+callable_room(__name__, steer)

@@ -1,0 +1,136 @@
+"""`steer`: rules in force on a model for the length of a `with` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from attnbias.bias import Bias
+from attnbias.errors import AttnbiasError, Refused
+from attnbias.steer.engine import Active, edited
+from attnbias.steer.rule import Rule
+from attnbias.steer.site import Spans
+
+if TYPE_CHECKING:
+    from attnbias.hub import Call, Site
+
+
+class Editing:
+    """The participant of one `steer` context: its rules and spans."""
+
+    role = "edit"
+
+    def __init__(self, rules: Sequence[Rule], spans: Mapping[str, Any] | None) -> None:
+        self.rules, self.spans = tuple(rules), Spans(spans)
+
+    def begin_forward(self, forward: int) -> None:
+        """Nothing is kept between forwards."""
+
+    def end_forward(self, forward: int) -> None:
+        """Nothing is kept between forwards."""
+
+    def active(self, call: Call) -> Iterator[Active]:
+        """The rules that act at this call."""
+        site, total = call.site, call.query.shape[1]
+        for rule in self.rules:
+            if not rule.acts_in(site.tower, site.layer, call.phase):
+                continue
+            heads = rule.heads_at(site.layer)
+            if heads == "all":
+                heads = tuple(range(total))
+            if heads[-1] >= total:
+                raise AttnbiasError(
+                    f"{type(rule).__name__} names head {heads[-1]}, but {site} has heads 0 to "
+                    f"{total - 1}."
+                )
+            yield Active(rule, heads, self.spans)
+
+    @staticmethod
+    def compute(call: Call, editors: Sequence[Any]) -> tuple[Tensor | None, Bias | None]:
+        """The edited output of a call and the total log-edit; (None, None) for the plain output.
+
+        Args:
+            call: the attention call. editors: the `Editing` participants, outermost first.
+        """
+        active = [item for editor in editors for item in editor.active(call)]
+        return edited(call, active) if active else (None, None)
+
+
+@contextmanager
+def steer(model: nn.Module, *rules: Rule, spans: Mapping[str, Any] | None = None) -> Iterator[None]:
+    r"""Shift the attention of a trained model while the block runs.
+
+    .. math:: p'_{ij} \propto p_{ij}\, e^{\sum_r B^r_{ij}} \prod_r m'^r_{i g(j)} / m^r_{i g(j)}
+
+    Works under ``generate`` with any cache, padding on either side, sampling, several sequences and
+    beams. Contexts nest: biases add up, reallocations run outer first. Heads, rows and queries that
+    no rule changes are the model's own output bit for bit, and so is the model afterwards, also
+    after an exception.
+
+    Args:
+        model: a transformers model whose attention goes through its attention interface.
+        rules: the rules, in order.
+        spans: named token positions for rules that need them, as in ``ab.prompt(...).spans``:
+            ``name -> (start, stop)``, or a list of these with one per row of the batch.
+            "first" is always known.
+
+    Cost: one attention call on the chosen heads for any number of biases, and two more for each
+    reallocation; the plain call too where some rows are left alone.
+
+    Raises:
+        AttnbiasError: an unknown layer, head, tower or span; something that is not a rule.
+        Refused: a rule that must be fitted first, a model that cannot be edited.
+    """
+    from attnbias.hub import attach, sites
+
+    if not rules:
+        raise AttnbiasError("steer needs at least one rule, as in ab.rules.KeyShift(...).")
+    editing = Editing(_checked(rules), spans)
+    places = sites(model)
+    for rule in rules:
+        rule.ready()
+        missing = [name for name in rule.needs if name not in editing.spans]
+        if missing:
+            raise AttnbiasError(
+                f"{type(rule).__name__} needs the span {missing[0]!r}; spans has "
+                f"{', '.join(editing.spans.names())}: pass spans=ab.prompt(...).spans or name it."
+            )
+        if places:
+            check_places(rule, places)
+    with attach(model, editing):
+        yield
+
+
+def _checked(rules: Sequence[Any]) -> Sequence[Rule]:
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise AttnbiasError(
+                "steer takes rules such as ab.rules.KeyShift(...), got "
+                f"{rule.__name__ + ' itself' if isinstance(rule, type) else type(rule).__name__}."
+            )
+    return rules
+
+
+def check_places(rule: Rule, places: Sequence[Site]) -> None:
+    """Refuse a rule that names towers or layers that the model does not have."""
+    towers = list(dict.fromkeys(site.tower for site in places))
+    name = type(rule).__name__
+    if rule.towers is None and len(towers) > 1:
+        raise Refused(
+            f"{name} names no tower and the model has {', '.join(towers)}, whose token positions "
+            f"differ: write towers=({towers[0]!r},) or the like."
+        )
+    for tower in rule.towers or ():
+        if tower not in towers:
+            raise AttnbiasError(
+                f"{name} names the tower {tower!r}, but the model has {', '.join(towers)}."
+            )
+    layers = {site.layer for site in places if rule.towers is None or site.tower in rule.towers}
+    unknown = rule.named_layers() - layers
+    if unknown:
+        raise AttnbiasError(
+            f"{name} names layer {max(unknown)}, but the model has layers 0 to {max(layers)}."
+        )

@@ -1,0 +1,205 @@
+"""The search behind `ZeroTuning.fit`: profile the heads, then search one factor for a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnbias.errors import AttnbiasError
+from attnbias.steer.context import check_places, steer
+from attnbias.steer.rules.zero_tuning import Example, Fitted, ZeroTuning, is_factor
+
+if TYPE_CHECKING:
+    from attnbias.hub import Call
+
+Score = tuple[float, ...]
+Scorer = Callable[[ZeroTuning], Score]
+
+
+def search(
+    rule: ZeroTuning,
+    model: nn.Module,
+    examples: Sequence[Any],
+    by: Literal["accuracy", "entropy"],
+    grid: Sequence[float],
+    profile: Sequence[float],
+    progress: bool,
+) -> ZeroTuning:
+    """See `ZeroTuning.fit`."""
+    kept = _examples(examples, by)
+    _check(rule, model, by, grid, profile)
+    candidates = _candidates(rule, model, kept[0])
+    base = replace(rule, heads=candidates, factor=1.0, fitted=None)
+    steps = 1 + 2 * len(candidates) + len(grid)
+    with _bar(steps, progress) as tick:
+
+        def score(trial: ZeroTuning) -> Score:
+            found = _score(trial, model, kept, by)
+            tick()
+            return found
+
+        plain = score(base)
+        down, up, heads, side = _profile(base, candidates, profile, plain, score)
+        factors = [1.0] + [float(f) for f in grid if f != 1 and side(float(f))]
+        scores = [plain] + [score(replace(base, heads=heads, factor=f)) for f in factors[1:]]
+    best = max(range(len(factors)), key=lambda i: scores[i])  # the first of equals: the plain model
+    fitted = Fitted(
+        by=by,
+        examples=len(kept),
+        down=down,
+        up=up,
+        profile=(float(profile[0]), float(profile[1])),
+        factors=tuple(factors),
+        scores=tuple(scores),
+    )
+    return replace(base, heads=heads, factor=factors[best], fitted=fitted)
+
+
+def _profile(
+    base: ZeroTuning,
+    candidates: tuple[int, ...],
+    profile: Sequence[float],
+    plain: Score,
+    score: Scorer,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], Callable[[float], bool]]:
+    """The down- and up-effective heads, the heads to keep, and the side of 1 to search."""
+    down: list[int] = []
+    up: list[int] = []
+    gain = {"down": 0.0, "up": 0.0}
+    for head in candidates:
+        low, high = (score(replace(base, heads=(head,), factor=float(f))) for f in profile)
+        if high > plain and high >= low:
+            up.append(head)
+            gain["up"] += sum(high) - sum(plain)
+        elif low > plain:
+            down.append(head)
+            gain["down"] += sum(low) - sum(plain)
+    if not down and not up:
+        return (), (), candidates, lambda f: True
+    rising = (len(up), gain["up"]) >= (len(down), gain["down"])
+    heads = tuple(up if rising else down)
+    return tuple(down), tuple(up), heads, (lambda f: f > 1) if rising else (lambda f: f < 1)
+
+
+@torch.no_grad()
+def _score(rule: ZeroTuning, model: nn.Module, examples: list[Example], by: str) -> Score:
+    right, log_probability, entropy = 0.0, 0.0, 0.0
+    with steer(model, rule):
+        for example in examples:
+            logits = _next(model(**example.inputs).logits, example.inputs).double()
+            choices = list(example.choices) or list(range(len(logits)))
+            logs = logits[choices].log_softmax(-1)
+            entropy -= float((logs.exp() * logs).sum())
+            if by == "accuracy":
+                place = choices.index(example.answer)  # type: ignore[arg-type]
+                right += float(int(logs.argmax()) == place)
+                log_probability += float(logs[place])
+    count = len(examples)
+    return (right / count, log_probability / count) if by == "accuracy" else (-entropy / count,)
+
+
+def _next(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """The logits that follow the last real token (or the classes) of the one row."""
+    if logits.shape[0] != 1:
+        raise AttnbiasError(f"an example must hold one row, got {logits.shape[0]}.")
+    if logits.ndim == 2:
+        return logits[0]
+    mask = inputs.get("attention_mask")
+    last = -1 if mask is None or mask.ndim != 2 else int(mask[0].nonzero()[-1])
+    return logits[0, last]
+
+
+def _examples(examples: Sequence[Any], by: str) -> list[Example]:
+    if by not in ("accuracy", "entropy"):
+        raise AttnbiasError(f"by must be 'accuracy' or 'entropy', got {by!r}.")
+    kept = [Example(dict(e)) if isinstance(e, Mapping) else e for e in examples]
+    if not kept or not all(isinstance(e, Example) for e in kept):
+        raise AttnbiasError(
+            "fit needs examples such as ab.rules.Example(inputs, answer=token), got "
+            f"{'none' if not kept else type(examples[0]).__name__}."
+        )
+    for number, example in enumerate(kept):
+        missing = by == "accuracy" and example.answer is None
+        if missing or (example.choices and example.answer not in (None, *example.choices)):
+            raise AttnbiasError(
+                f"example {number} has the answer {example.answer!r}, expected one of its choices;"
+                " without labels write by='entropy'."
+            )
+    return kept
+
+
+def _check(
+    rule: ZeroTuning, model: nn.Module, by: str, grid: Sequence[float], profile: Sequence[float]
+) -> None:
+    from attnbias.hub import sites
+
+    if not grid or not all(map(is_factor, grid)):
+        raise AttnbiasError(f"grid must hold factors above 0, got {grid!r}.")
+    good = len(profile) == 2 and all(map(is_factor, profile)) and profile[0] < 1 < profile[1]
+    if not good:
+        raise AttnbiasError(f"profile must be (below 1, above 1), got {profile!r}.")
+    if rule.heads != "all" and any(isinstance(head, tuple) for head in rule.heads):
+        raise AttnbiasError(
+            "fit profiles each head number over all layers of the rule: write heads='all' or a "
+            "list of head numbers, and layers=... for some layers."
+        )
+    if model.training:
+        raise AttnbiasError("fit needs the model in eval mode: write model.eval() first.")
+    places = sites(model)
+    if places:
+        check_places(rule, places)
+
+
+def _candidates(rule: ZeroTuning, model: nn.Module, example: Example) -> tuple[int, ...]:
+    """The head numbers that the sites of the rule have in common (the fewest of any site)."""
+    if rule.heads != "all":
+        return tuple(sorted({head for head in rule.heads if isinstance(head, int)}))
+    from attnbias.hub import attach
+
+    count = _Count(rule)
+    with torch.no_grad(), attach(model, count):
+        model(**example.inputs)
+    if not count.heads:
+        raise AttnbiasError(
+            "ZeroTuning acts at no layer of this model in a forward: check layers, towers and "
+            "phase ('decode' alone cannot be fitted)."
+        )
+    return tuple(range(min(count.heads)))
+
+
+class _Count:
+    """A participant that only looks at the number of heads."""
+
+    role = "see"
+
+    def __init__(self, rule: ZeroTuning) -> None:
+        self.rule = rule
+        self.heads: set[int] = set()
+
+    def begin_forward(self, forward: int) -> None: ...
+
+    def end_forward(self, forward: int) -> None: ...
+
+    def see(self, call: Call, extra: Any, output: Tensor, lse: Tensor | None) -> None:
+        if self.rule.acts_in(call.site.tower, call.site.layer, call.phase):
+            self.heads.add(call.query.shape[1])
+
+
+@contextmanager
+def _bar(steps: int, show: bool) -> Iterator[Callable[[], None]]:
+    try:
+        if not show:
+            raise ImportError
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda: None
+        return
+    with Progress(transient=True) as progress:
+        task = progress.add_task("ZeroTuning", total=steps)
+        yield lambda: progress.advance(task)
+        progress.update(task, completed=steps)

@@ -1,0 +1,197 @@
+"""The abstract `Rule`: where it acts, in which phase, and the hooks that a rule may implement."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
+
+from attnbias.bias import Bias
+from attnbias.errors import AttnbiasError
+
+if TYPE_CHECKING:
+    from attnbias.steer.site import SiteCall
+
+Phase = Literal["prefill", "decode", "both"]
+Layers = Literal["all"] | tuple[int, ...]
+Heads = Literal["all"] | tuple[int, ...] | tuple[tuple[int, int], ...]
+Towers = tuple[str, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
+    """An edit of attention in a trained model, without training: a frozen record of its parameters.
+
+    A rule implements `bias`, or `groups` with `reallocate`, or both. Each hook is a pure function
+    of the `SiteCall` it is given, which shows the rule's own heads and nothing of other rules; the
+    engine does the rest (masks, sinks, grouped heads, other rules, rows left alone). Rules are
+    final: a rule is subclassed from `Rule` itself.
+
+    Args:
+        heads: ``"all"`` (must be typed), head numbers, a mapping ``{layer: heads}``, or pairs
+            ``(layer, head)``. Kept as ``"all"``, numbers, or pairs.
+        layers: ``"all"`` or layer numbers, counted from 0 inside a tower.
+        towers: names of the towers to edit (see ``ab.sites(model)``); None where the model has one.
+        phase: ``"prefill"``, ``"decode"`` (one query at a time, with a cache) or ``"both"``.
+
+    Raises:
+        AttnbiasError: a field of the wrong kind.
+    """
+
+    heads: Heads
+    layers: Layers = "all"
+    towers: Towers = None
+    phase: Phase = "both"
+
+    # A row-local rule decides about a query from that query's own row of attention: decoding step
+    # by step then equals one pass.
+    row_local: ClassVar[bool] = True
+    # Pydantic reads this for recipes: unknown fields and numbers written as text are refused.
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if any(issubclass(base, Rule) and base is not Rule for base in cls.__bases__):
+            raise TypeError(f"rules are final: derive {cls.__name__} from Rule itself.")
+
+    def __post_init__(self) -> None:
+        if type(self) is Rule:
+            raise TypeError("Rule is abstract: use a rule such as ab.rules.KeyShift.")
+        for name, kind in (
+            ("heads", _heads(self.heads)),
+            ("layers", _numbers(self.layers, "layers")),
+            ("towers", _towers(self.towers)),
+        ):
+            object.__setattr__(self, name, kind)
+        if self.phase not in ("prefill", "decode", "both"):
+            raise AttnbiasError(f"phase must be 'prefill', 'decode' or 'both', got {self.phase!r}.")
+
+    # What a rule may supply -----------------------------------------------------------------------
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the spans that must be given to `steer`."""
+        return ()
+
+    def ready(self) -> None:  # noqa: B027 - most rules have nothing to fit
+        """Raise `Refused` with the line to run where the rule must first be fitted."""
+
+    def bias(self, site: SiteCall) -> Bias | None:
+        """What to add to the scaled scores, in natural-log units; None for nothing.
+
+        Shape ``(batch | 1, heads | 1, queries, keys)`` with as many heads as ``site.heads``.
+        """
+        return None
+
+    def groups(self, site: SiteCall) -> Tensor:
+        """The group of each key: integers from 0, ``(batch | 1, heads | 1, keys)``."""
+        raise NotImplementedError(f"{type(self).__name__} reallocates but names no groups.")
+
+    def group_count(self, site: SiteCall, groups: Tensor) -> int:
+        """How many groups `masses` has; by default one more than the largest number present."""
+        return int(groups.max()) + 1 if groups.numel() else 1
+
+    def reallocate(self, site: SiteCall, masses: Tensor) -> Tensor | None:
+        """New shares of attention per group, or None to leave everything as it is.
+
+        Args:
+            masses: ``(batch, heads, queries, groups)``, the share of each row's attention that each
+                group gets now (float32, float64 in a float64 model). A row sums to 1 less what goes
+                to the model's sink logit, and so must the row that is returned. A group with mass
+                0 (none of its keys is visible to that query) cannot receive. A row that is returned
+                as it came is left alone, bit for bit.
+        """
+        return None
+
+    # What follows from it -------------------------------------------------------------------------
+
+    @property
+    def reallocates(self) -> bool:
+        return type(self).reallocate is not Rule.reallocate
+
+    def heads_at(self, layer: int) -> Literal["all"] | tuple[int, ...]:
+        """The heads of one layer, sorted, without repeats."""
+        if self.heads == "all":
+            return "all"
+        chosen = {
+            h[1] if isinstance(h, tuple) else h
+            for h in self.heads
+            if not isinstance(h, tuple) or h[0] == layer
+        }
+        return tuple(sorted(chosen))
+
+    def acts_in(self, tower: str, layer: int, phase: str) -> bool:
+        """Whether the rule has something to do at a site in a phase."""
+        return (
+            self.phase in ("both", phase)
+            and (self.towers is None or tower in self.towers)
+            and (self.layers == "all" or layer in self.layers)
+            and bool(self.heads_at(layer))
+        )
+
+    def named_layers(self) -> set[int]:
+        """Every layer number that the rule names."""
+        pairs = [] if self.heads == "all" else [h[0] for h in self.heads if isinstance(h, tuple)]
+        return set(pairs) | (set() if self.layers == "all" else set(self.layers))
+
+
+def is_number(value: object) -> bool:
+    """A whole number from 0 (True and False are not numbers here)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _numbers(value: Any, name: str) -> Any:
+    if isinstance(value, str) and value == "all":
+        return "all"
+    items = _items(value)
+    if not items or not all(is_number(v) for v in items):
+        raise AttnbiasError(
+            f"{name} must be 'all' or a list of whole numbers from 0, got {value!r}."
+        )
+    return tuple(items)
+
+
+def _heads(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        pairs: list[Any] = []
+        for layer, heads in value.items():
+            items = _items(heads)
+            if not is_number(layer) or not items or not all(is_number(h) for h in items):
+                raise AttnbiasError(
+                    "heads as a mapping must go from a layer number to a list of head numbers, got "
+                    f"{value!r}."
+                )
+            pairs += [(layer, head) for head in items]
+        value = pairs
+    items = [] if isinstance(value, str) else _items(value)
+    if items and not isinstance(value, str) and all(_is_pair(v) for v in items):
+        return tuple((v[0], v[1]) for v in items)
+    try:
+        return _numbers(value, "heads")
+    except AttnbiasError:
+        raise AttnbiasError(
+            "heads must be 'all', a list of head numbers, a mapping {layer: heads} or a list of "
+            f"(layer, head), got {value!r}."
+        ) from None
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (Sequence, range, set, frozenset)) else []
+
+
+def _towers(value: Any) -> Any:
+    if value is None:
+        return None
+    items = [] if isinstance(value, str) else _items(value)
+    if not items or not all(isinstance(v, str) for v in items):
+        raise AttnbiasError(
+            f"towers must be None or a list of names such as ('decoder',), got {value!r}."
+        )
+    return tuple(items)
