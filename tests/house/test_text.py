@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 import shlex
 
@@ -10,7 +11,7 @@ import pytest
 
 from attnbias.catalogue import works
 from attnbias.catalogue.marks import outputs
-from attnbias.cli import parser
+from attnbias.cli import EXTRAS, parser
 from tests.conftest import ROOT
 from tests.house.files import ours, python_files
 
@@ -91,3 +92,22 @@ def test_version_is_said_once_and_the_same() -> None:
     assert version.group(1) == attnbias.__version__
     assert f"version: {attnbias.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## {attnbias.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_demo_weights_are_the_pinned_ones(minilm) -> None:
+    digest = hashlib.sha256((minilm / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (ROOT / "THIRD_PARTY.md").read_text(encoding="utf-8")
+
+
+def test_extras_are_what_the_command_line_names() -> None:
+    """Each extra that the command line names exists; every dependency has its pin."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = set(
+        re.findall(r"^(\w+) = \[", text.partition("[project.optional-dependencies]")[2], re.M)
+    )
+    assert set(EXTRAS.values()) <= extras
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
+    assert "\ntorch==2.13.0\n" in pins
+    block = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    for name in re.findall(r'"([A-Za-z0-9-]+)>=', block):
+        assert f"\n{name.lower()}==" in pins, name
