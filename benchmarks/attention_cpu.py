@@ -222,7 +222,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(lengths) < 2:
         print(f"--only takes lengths of 2 and more, got {min(lengths)}", file=sys.stderr)
         return 2
-    limit_memory()
     path, found = target(args, common.machine(torch.get_num_threads()))
     groups, current = found["groups"], common.fingerprint(*MEASURED)
     todo = problems(lengths, args.dtype or list(DTYPES))
@@ -264,4 +263,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    limit_memory()  # not in main(): it holds for the whole process
     sys.exit(main())

@@ -133,7 +133,9 @@ def versions() -> dict[str, str]:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+            # Run from a source tree that was not installed, the module itself knows.
+            version = getattr(sys.modules.get(package), "__version__", None)
+            found[package] = version or "not installed"
     return found
 
 

@@ -80,8 +80,9 @@ def child(line: str, length: int, causal: bool) -> dict[str, Any]:
 
 def extra_megabytes(peaks: dict[str, list[dict[str, Any]]], line: MemoryLine) -> float:
     """The worst peak of a line over the least of its floor, in MB."""
-    worst = max(sample["peak"] for sample in peaks[line.name])
-    return round((worst - min(sample["peak"] for sample in peaks[line.floor])) / 1e6, 1)
+    worst: int = max(sample["peak"] for sample in peaks[line.name])
+    least: int = min(sample["peak"] for sample in peaks[line.floor])
+    return round((worst - least) / 1e6, 1)
 
 
 def measure(length: int, repeats: int, advance: Any) -> dict[str, Any]:
