@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from attnbias.bias import Bias
 from attnbias.errors import Refused
 from attnbias.hub.call import Call
+from attnbias.hub.checks import check, configs, hooked, ignores
 from attnbias.hub.registry import (
-    CONFIG_KEY,
-    CONFIGS,
     LOCK,
     SITES,
-    SUPPORTED,
     assert_registered,
     outside_graphs,
     register,
@@ -29,11 +27,20 @@ from attnbias.hub.registry import (
     switch_back,
     unregister,
 )
-from attnbias.hub.sites import Found, Site, find, unwrap
+from attnbias.hub.sites import Site, find, unwrap
+
+# Towers whose output cross-attention reads: their own positions are not those of its queries.
+_SOURCES = ("encoder", "vision", "audio")
 
 
 class Participant(Protocol):
-    """Something that takes part in a model's attention: role "see" or "edit"."""
+    """Something that takes part in a model's attention: role "see" or "edit".
+
+    An observer has ``see(call, extra, output, lse)``: `extra` is the additive log-edit in force and
+    `output` what the model goes on with. An editor's class has ``compute(call, editors)``, static,
+    returning the edited output (None: plain) and the extra bias. Optional: `required`, sites that
+    must have been called by the time the context ends without an error.
+    """
 
     role: str
 
@@ -68,6 +75,7 @@ class Session:
         self.forward = -1
         self.thread = threading.get_ident()
         self.decoder_call: Before | None = None
+        self._crosses = any(site.kind == "cross" for site in self.sites)
         self._frames: list[tuple[int, bool]] = []
         self._maps_asked = False
         self._undo: list[Callable[[], None]] = []
@@ -77,16 +85,16 @@ class Session:
     def open(self) -> None:
         """Switch the model over; on any error everything done so far is undone."""
         try:
-            _check(self.root, self.found)
+            check(self.root, self.found)
             register()
             self._undo.append(unregister)
-            for config in _configs(self.root, self.found):
+            for config in configs(self.root, self.found):
                 switch(config)
                 self._undo.append(partial(switch_back, config))
             for entry in self.found:
                 SITES[id(entry.module)] = (entry.module, entry.site, self)
                 self._undo.append(partial(_drop, SITES, id(entry.module)))
-            for module in _hooked(self.root, self.found):
+            for module in hooked(self.root, self.found):
                 self._hook(module)
         except BaseException:
             self.close()
@@ -117,24 +125,25 @@ class Session:
             )
 
     def enter(self, module: nn.Module, maps_asked: bool) -> None:
-        places = [number for number, (key, _) in enumerate(self._frames) if key == id(module)]
-        if places:  # left over from a forward that was interrupted
-            del self._frames[places[0] :]
         recomputed = _in_backward()
         if not recomputed:
             self.check_thread()
+        places = [number for number, (key, _) in enumerate(self._frames) if key == id(module)]
+        if places:  # left over from a forward that was interrupted
+            del self._frames[places[0] :]
         outermost = not self._frames
         self._frames.append((id(module), recomputed))
-        self._maps_asked |= maps_asked
+        self._maps_asked = maps_asked or (self._maps_asked and not outermost)
         if outermost and not recomputed:
             assert_registered()
             self.forward += 1
-            self._maps_asked = False
             self.decoder_call = None
             for participant in self.participants:
                 participant.begin_forward(self.forward)
 
     def leave(self, module: nn.Module, finished: bool) -> None:
+        if threading.get_ident() != self.thread and not _in_backward():
+            return  # the other thread that has just been refused
         if not self._frames or self._frames[-1][0] != id(module):
             return
         _, recomputed = self._frames.pop()
@@ -142,9 +151,18 @@ class Session:
             return
         self.decoder_call = None
         if not self.calls:
-            raise Refused(_ignores(self.root))
+            raise Refused(ignores(self.root))
         for participant in self.participants:
             participant.end_forward(self.forward)
+
+    def require(self, wanted: Iterable[Site]) -> None:
+        """Raise `Refused`, naming them, if forwards ran and some of `wanted` were not called."""
+        missing = [site for site in wanted if not self.calls[site]]
+        if missing and self.forward >= 0:
+            raise Refused(
+                f"{type(self.root).__name__} never called {', '.join(map(str, missing))} through "
+                "the attention interface: nothing was seen or edited there."
+            )
 
     # Calls -----------------------------------------------------------------------------------
 
@@ -159,7 +177,7 @@ class Session:
                 )
             self.calls[site] += 1
         call = call_of(self.forward, recomputed)
-        if site.kind == "self" and site.tower.startswith("decoder"):
+        if site.kind == "self" and self._crosses and not site.tower.startswith(_SOURCES):
             self.decoder_call = Before(call.past, call.query.shape[2], call.query_positions)
         editors = [one for one in self.participants if one.role == "edit"]
         viewers = [one for one in self.participants if one.role == "see" and not recomputed]
@@ -216,55 +234,6 @@ def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
         entry[1].leave(module, finished=output is not None)
 
 
-# Which parts of a model --------------------------------------------------------------------------
-
-
-def _ignores(root: nn.Module) -> str:
-    return (
-        f"{type(root).__name__} does not call the attention interface of transformers (it computes "
-        "attention in code of its own), so it can be neither observed nor steered."
-    )
-
-
-def _configs(root: nn.Module, found: list[Found]) -> list[Any]:
-    """Every distinct config that decides how a site attends or how its mask is made."""
-    holders = [entry.module for entry in found] + [one for entry in found for one in entry.owners]
-    configs: dict[int, Any] = {}
-    for holder in holders:
-        config = getattr(holder, "config", None)
-        if config is None or CONFIG_KEY not in vars(config):
-            continue
-        known = CONFIGS.get(id(config))
-        name = known[1] if known else vars(config)[CONFIG_KEY]
-        if name in SUPPORTED:
-            configs[id(config)] = config
-        elif name is not None:
-            raise Refused(
-                f"{type(root).__name__} uses attention implementation {name!r}; write "
-                f"model.set_attn_implementation('sdpa') first (supported: {', '.join(SUPPORTED)})."
-            )
-    return list(configs.values())
-
-
-def _check(root: nn.Module, found: list[Found]) -> None:
-    if not found:
-        raise Refused(_ignores(root))
-    for entry in found:
-        config = getattr(entry.module, "config", None)
-        if config is None or CONFIG_KEY not in vars(config):
-            raise Refused(
-                f"{entry.site.name} ({type(entry.module).__name__}) has no config that names its "
-                "attention implementation."
-            )
-
-
-def _hooked(root: nn.Module, found: list[Found]) -> list[nn.Module]:
-    """The modules whose calls are forwards: the root and all pretrained models with sites."""
-    modules = {id(root): root}
-    modules |= {id(owner): owner for entry in found for owner in entry.owners}
-    return list(modules.values())
-
-
 def _join(model: nn.Module) -> Session:
     with LOCK:
         root = unwrap(model)
@@ -305,6 +274,7 @@ def attach(model: nn.Module, participant: Any) -> Iterator[Session]:
     session.participants.append(participant)
     try:
         yield session
+        session.require(getattr(participant, "required", ()))
     finally:
         with LOCK:
             for number in reversed(range(len(session.participants))):

@@ -71,7 +71,7 @@ class Call:
         """The mask that the model's own implementation would have been given."""
         if not isinstance(self._mask, MaskRequest):
             return self._mask
-        mask = self._mask.stock()
+        mask = self._mask.stock(self.original)
         if isinstance(mask, Tensor) and mask.device != self.query.device:
             mask = mask.to(self.query.device)
         return mask
@@ -165,7 +165,7 @@ class Call:
                     f"{self.site}: the mask was asked for {mask.queries} x {mask.keys} positions, "
                     f"but the layer attends from {queries} to {keys}."
                 )
-            if not mask.skipped():
+            if not mask.skipped(self.original):
                 bias = mask.bias()
                 return [] if bias is None else [bias]
             mask = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attnbias.errors import Refused
 from attnbias.hub.call import Call
+from attnbias.hub.parsing import Rule
 from attnbias.hub.request import MaskRequest
 from attnbias.hub.sites import Site
 from attnbias.hub.stock import stock_attention
@@ -61,7 +62,9 @@ def attention_function(
     entry = SITES.get(id(module))
     if entry is None or entry[0] is not module:
         # A model that shares its config with the one in the context: not ours, stock.
-        mask = attention_mask.stock() if isinstance(attention_mask, MaskRequest) else attention_mask
+        mask = attention_mask
+        if isinstance(mask, MaskRequest):
+            mask = mask.stock(original)
         return stock(module, query, key, value, mask, **kwargs)
     _, site, session = entry
 
@@ -88,22 +91,28 @@ def mask_function(*args: Any, **kwargs: Any) -> MaskRequest:
     given = kwargs.get("attention_mask")
     if isinstance(given, MaskRequest):
         return given  # static caches ask twice: once ahead of the forward, once inside it
-    from transformers import masking_utils
-
     entry = CONFIGS.get(id(kwargs.get("config")))
-    original = "sdpa" if entry is None else entry[1]
     if args:
         names = ("batch_size", "q_length", "kv_length")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    return MaskRequest(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[original], kwargs)
+    # generate may hand over a copy of the config: then the layer that asks says what is stock.
+    return MaskRequest(_stock_mask, kwargs, None if entry is None else str(entry[1]))
+
+
+def _stock_mask(original: str) -> Rule:
+    """The mask function of an implementation. Looked up anew: another library may wrap it."""
+    from transformers import masking_utils
+
+    found: Rule = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[original]
+    return found
 
 
 def _original(module: nn.Module) -> str:
     entry = CONFIGS.get(id(getattr(module, "config", None)))
     if entry is None:
         raise Refused(
-            f"{type(module).__name__} names {NAME!r} but is in no context: it was copied inside one; "
-            "copy before entering, or call copy.set_attn_implementation('sdpa')."
+            f"{type(module).__name__} names {NAME!r} but is in no context: it was copied inside "
+            "one; copy before entering, or call copy.set_attn_implementation('sdpa')."
         )
     return str(entry[1])
 

@@ -8,6 +8,7 @@ the plain output, bit for bit) and the same mask as a structured `Bias` (for eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ class MaskRequest:
     """One call of a mask function, kept instead of carried out.
 
     Args:
-        stock: the mask function that the model would have called.
+        stock: gives the mask function of an implementation ("sdpa", "eager") by name.
         arguments: the keyword arguments it would have been called with, in either calling form:
             `q_length` and `q_offset`, or the older `cache_position`.
+        original: the implementation the mask was asked for, None where the config does not tell.
 
     Attributes:
         shape: ``(batch, 1, queries, keys)``, what the stock mask would have had.
@@ -41,7 +43,13 @@ class MaskRequest:
     ndim = 4
     dtype = torch.bool
 
-    def __init__(self, stock: Rule, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        stock: Callable[[str], Rule],
+        arguments: dict[str, Any],
+        original: str | None = None,
+    ) -> None:
+        self.original = original
         # Static caches pass their own running length and advance it in place: read it now or never.
         self.arguments: dict[str, Any] = {
             name: value.clone()
@@ -49,7 +57,7 @@ class MaskRequest:
             else value
             for name, value in arguments.items()
         }
-        self._stock_function = stock
+        self._stock_of = stock
         self._cache: dict[Any, Any] = {}
         position: Tensor | None = self.arguments.get("cache_position")
         if position is not None:
@@ -87,9 +95,11 @@ class MaskRequest:
 
     def __getitem__(self, index: Any) -> Any:
         """A model that cuts its mask gets a tensor, as if the request had never been."""
-        whole = self.stock()
+        whole = self.stock("sdpa")
         if whole is None:
-            whole = self._call(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+            whole = self._call(
+                "sdpa", allow_is_causal_skip=False, allow_is_bidirectional_skip=False
+            )
         return whole[index]
 
     def __repr__(self) -> str:
@@ -121,23 +131,29 @@ class MaskRequest:
 
     # The stock mask --------------------------------------------------------------------------
 
-    def _call(self, **changes: Any) -> Any:
-        return self._stock_function(**{**self.arguments, **changes})
+    def _call(self, original: str, **changes: Any) -> Any:
+        return self._stock_of(self.original or original)(**{**self.arguments, **changes})
 
-    def stock(self) -> Any:
-        """The mask of the model's own implementation, None where it needs none. Built once."""
-        if "stock" not in self._cache:
-            self._cache["stock"] = None if self.skipped() else self._call()
-        return self._cache["stock"]
+    def stock(self, original: str) -> Any:
+        """The mask of the model's own implementation, None where it needs none. Built once.
 
-    def skipped(self) -> bool:
+        `original` decides only where the request itself does not know the implementation.
+        """
+        place = ("stock", self.original or original)
+        if place not in self._cache:
+            self._cache[place] = None if self.skipped(original) else self._call(original)
+        return self._cache[place]
+
+    def skipped(self, original: str) -> bool:
         """Whether the stock mask is None, found without building it: O(keys)."""
-        if "skipped" not in self._cache:
+        place = ("skipped", self.original or original)
+        if place not in self._cache:
             try:
-                self._cache["skipped"] = self._call(mask_function=_sentinel) is None
+                made = self._call(original, mask_function=_sentinel)
+                self._cache[place] = made is None
             except _Materialised:
-                self._cache["skipped"] = False
-        return bool(self._cache["skipped"])
+                self._cache[place] = False
+        return bool(self._cache[place])
 
     # The structure ---------------------------------------------------------------------------
 

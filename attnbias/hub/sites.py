@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from torch import nn
 from attnbias.errors import AttnbiasError
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+UPCAST = "reorder_and_upcast_attn"
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec", re.IGNORECASE)
 _VISION = re.compile(r"vision|visual|image_encoder|image_tower", re.IGNORECASE)
 _AUDIO = re.compile(r"audio|speech", re.IGNORECASE)
@@ -85,6 +87,35 @@ def calling_function(kind: type) -> FunctionType | None:
             if isinstance(function, FunctionType) and REGISTRY in function.__code__.co_names:
                 return function
     return None
+
+
+@functools.cache
+def compares_names(kind: type) -> bool:
+    """Whether a model class branches on the name of its attention implementation.
+
+    GPT-2's upcast option is the exception that is handled (`stock.stock_attention`).
+    """
+    for owner in kind.__mro__:
+        if owner.__module__.split(".")[0] == "torch" or owner.__name__ == "PreTrainedModel":
+            continue
+        for value in vars(owner).values():
+            function = inspect.unwrap(value) if callable(value) else value
+            if not isinstance(function, FunctionType):
+                continue
+            code = function.__code__
+            constants = {one for item in code.co_consts for one in _flat(item)}
+            named = "_attn_implementation" in code.co_names and constants & {"sdpa", "eager"}
+            if named and UPCAST not in code.co_names:
+                return True
+    return False
+
+
+def _flat(constant: object) -> Iterator[object]:
+    if isinstance(constant, (tuple, frozenset)):
+        for item in constant:
+            yield from _flat(item)
+    else:
+        yield constant
 
 
 def eager_function(kind: type) -> Callable[..., Any] | None:

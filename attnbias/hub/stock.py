@@ -10,21 +10,20 @@ from torch import Tensor, nn
 
 from attnbias.bias import Bias, Padding, Window
 from attnbias.errors import Refused
-from attnbias.hub.sites import REGISTRY, calling_function, eager_function
+from attnbias.hub.sites import REGISTRY, UPCAST, calling_function, eager_function
 from attnbias.lowering import flash
 
 if TYPE_CHECKING:
     from attnbias.hub.call import Call
 
 Stock = Callable[..., tuple[Tensor, Any]]
-_UPCAST = "reorder_and_upcast_attn"
 # A float mask larger than this is not built only to get a log-sum-exp (in numbers: 64 MB).
 _LARGEST_MASK = 2**24
 
 
 def stock_attention(module: nn.Module, original: str) -> Stock:
     """The function `module` would have called. Looked up anew: another library may wrap it."""
-    if original == "eager" and getattr(module, _UPCAST, False):
+    if original == "eager" and getattr(module, UPCAST, False):
         return _upcast  # GPT-2 and its kin leave the interface aside for this option
     function = calling_function(type(module))
     assert function is not None
