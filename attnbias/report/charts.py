@@ -40,22 +40,30 @@ def _short(value: float, unit: str) -> str:
 
 def top(one: Map) -> float:
     """Upper end of the colour scale: the largest value of the three panels, never 0."""
-    values = [x for cell in one.cells() for x in cell[2:] if not math.isnan(x)]
+    values = [x for cell in one.cells() for x in cell[2:5] if not math.isnan(x)]
     return max([*values, 1e-9])
 
 
+def even(one: Map) -> str:
+    """The value of even attention in words: one number, or a range where layers differ."""
+    low, high = min(one.even), max(one.even)
+    if math.isclose(low, high, rel_tol=1e-3):
+        return number(high, one.unit)
+    return f"{number(low, one.unit)} to {number(high, one.unit)}"
+
+
 def _rows(one: Map, panel: str) -> list[dict[str, Any]]:
-    column = {"values": 2, "shuffled": 3, "random": 4}[panel]
+    cells = [(cell, float(getattr(cell, panel))) for cell in one.cells()]
     return [
         {
-            "layer": cell[0],
-            "head": cell[1],
-            "value": cell[column],
-            "says": f"Layer {cell[0]}, head {cell[1]}: {number(cell[column], one.unit)}",
-            "short": _short(cell[column], one.unit),
+            "layer": cell.layer,
+            "head": cell.head,
+            "value": value,
+            "says": f"Layer {cell.layer}, head {cell.head}: {number(value, one.unit)}",
+            "short": _short(value, one.unit),
         }
-        for cell in one.cells()
-        if not math.isnan(cell[column])
+        for cell, value in cells
+        if not math.isnan(value)
     ]
 
 
@@ -106,13 +114,13 @@ def heat(one: Map, panel: str, title: str) -> alt.LayerChart:
     return alt.layer(chart, words)
 
 
-def _label(word: Word, index: int, length: int = 22) -> str:
+def _label(word: Word, index: int, length: int = 18) -> str:
     text = " ".join(word.text.split())
     text = text if len(text) <= length else text[: length - 1] + "…"
     return f"{text} ({index})"
 
 
-def ranked(data: ReportData, count: int = 15) -> alt.LayerChart:
+def ranked(data: ReportData, width: int | str, count: int = 15) -> alt.LayerChart:
     """The words that receive most, with both controls: three shapes on one logarithmic axis."""
     order = sorted(range(len(data.words)), key=lambda i: -data.words[i].received)[:count]
     names = ("received", "shuffled", "random")
@@ -126,17 +134,18 @@ def ranked(data: ReportData, count: int = 15) -> alt.LayerChart:
             f"{getattr(data.words[i], name):.2f} times the even share",
         }
         for i in order
-        for name, title in zip(names, titles, strict=True)
+        # Drawn in this order: the text lies over its controls.
+        for name, title in reversed(list(zip(names, titles, strict=True)))
         if getattr(data.words[i], name) > 0
     ]
-    base = alt.Chart(alt.Data(values=rows), title="The words that receive most")
+    base = alt.Chart(alt.Data(values=rows), title="Attention received by word")
     y = alt.Y(
         "word:N", sort=[_label(data.words[i], i + 1) for i in order],
         axis=alt.Axis(title="word (place in the text)", grid=True, ticks=False, domain=False),
     )  # fmt: skip
     x = alt.X(
         "times:Q", scale=alt.Scale(type="log", nice=False, padding=12),
-        axis=alt.Axis(title="attention received, times the even share (log scale)", format="~g",
+        axis=alt.Axis(title="times the even share (log scale)", format="~g",
                       tickCount=5),
     )  # fmt: skip
     # One legend for both: the two scales share domain, order and legend, so Vega merges them.
@@ -155,7 +164,7 @@ def ranked(data: ReportData, count: int = 15) -> alt.LayerChart:
         .mark_rule(strokeDash=[4, 3], color="#888888", aria=False)
         .encode(x="times:Q")
     )
-    return alt.layer(even, points).properties(width=360, height=max(3, len(order)) * 20)
+    return alt.layer(even, points).properties(width=width, height=max(3, len(order)) * 20)
 
 
 def headline(data: ReportData) -> Map:
@@ -168,4 +177,6 @@ def figure(data: ReportData) -> dict[str, Any]:
     one = headline(data)
     row = alt.hconcat(*[heat(one, panel, title) for panel, title in PANELS])
     row = row.properties(title=alt.Title(f"{one.title}: {data.model}", fontSize=15))
-    return dict(alt.vconcat(row, ranked(data)).configure(background="white", padding=16).to_dict())
+    both = alt.vconcat(row, ranked(data, 640), spacing=28)
+    both = both.resolve_scale(color="independent", shape="independent")
+    return dict(both.configure(background="white", padding=16).to_dict())

@@ -5,11 +5,22 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnbias.errors import AttnbiasError
 
 Grid = tuple[tuple[float, ...], ...]
+
+
+class Cell(NamedTuple):
+    """One head of a map: its value, the two controls, and the value of even attention."""
+
+    layer: int
+    head: int
+    values: float
+    shuffled: float
+    random: float
+    even: float
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class Map:
         values: layers x heads; rows may differ in length; nan where nothing was measured.
         shuffled: the same for the same text with its words shuffled.
         random: the same for the same architecture with random weights.
-        even: the value that attention spread evenly over the visible tokens would have.
+        even: for each layer, the value of attention spread evenly over the visible tokens.
     """
 
     statistic: str
@@ -38,7 +49,7 @@ class Map:
     values: Grid
     shuffled: Grid
     random: Grid
-    even: float
+    even: tuple[float, ...]
 
     def __post_init__(self) -> None:
         for name in ("values", "shuffled", "random"):
@@ -51,16 +62,20 @@ class Map:
                     f"layer, expected {[len(row) for row in self.values]} for {len(self.layers)} "
                     f"layers"
                 )
-
-    def cells(self) -> list[tuple[int, int, float, float, float]]:
-        """(layer, head, text, shuffled, random) for every head that was measured."""
-        return [
-            (layer, head, *three)
-            for layer, *rows in zip(
-                self.layers, self.values, self.shuffled, self.random, strict=True
+        if len(self.even) != len(self.layers):
+            raise AttnbiasError(
+                f"Map.even of {self.statistic!r}: has {len(self.even)} values, expected one for "
+                f"each of {len(self.layers)} layers"
             )
-            for head, three in enumerate(zip(*rows, strict=True))
-            if not math.isnan(three[0])
+
+    def cells(self) -> list[Cell]:
+        """Every head that was measured."""
+        rows = zip(self.layers, self.even, self.values, self.shuffled, self.random, strict=True)
+        return [
+            Cell(layer, head, value, shuffled, random, even)
+            for layer, even, *grids in rows
+            for head, (value, shuffled, random) in enumerate(zip(*grids, strict=True))
+            if not math.isnan(value)
         ]
 
 
@@ -81,6 +96,7 @@ class Word:
         by_layer: the same for each layer (rows as in `ReportData.layers`), mean over its heads.
         shuffled: `received` of the same tokens in their place in the shuffled text.
         random: `received` with random weights.
+        gap: the white space that follows it in the text.
     """
 
     text: str
@@ -91,6 +107,7 @@ class Word:
     by_layer: tuple[float, ...]
     shuffled: float
     random: float
+    gap: str = " "
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def to_csv(data: ReportData) -> bytes:
     head = ("statistic", "unit", "tower", "layer", "head", "value", "shuffled", "random", "even")
     writer.writerow(head)
     for one in data.maps:
-        for layer, number, *three in one.cells():
-            values = ["" if math.isnan(x) else repr(x) for x in (*three, one.even)]
+        for layer, number, *rest in one.cells():
+            values = ["" if math.isnan(x) else repr(x) for x in rest]
             writer.writerow([one.statistic, one.unit, one.tower, layer, number, *values])
     return out.getvalue().encode()
 

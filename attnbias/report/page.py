@@ -135,7 +135,7 @@ def in_script(value: Any) -> str:
 def _library() -> str:
     import vl_convert
 
-    return str(vl_convert.javascript_bundle(None, VEGA_LITE))
+    return str(vl_convert.javascript_bundle(vl_version=VEGA_LITE))  # type: ignore[call-arg]
 
 
 def _policy(*scripts: str) -> str:
@@ -164,7 +164,7 @@ def _legend() -> list[str]:
 
 
 def _specs(data: ReportData) -> dict[str, Any]:
-    found = {"ranked": charts.ranked(data).to_dict()}
+    found = {"ranked": charts.ranked(data, "container").to_dict()}
     for i, one in enumerate(data.maps):
         for panel, title in charts.PANELS:
             found[f"map{i}-{panel}"] = charts.heat(one, panel, title).to_dict()
@@ -173,20 +173,13 @@ def _specs(data: ReportData) -> dict[str, Any]:
 
 def _words(data: ReportData) -> list[dict[str, Any]]:
     found = []
-    place = 0
     for word in data.words:
         level = sum(word.received >= edge for edge in LEVELS)
-        gap = " "
-        if not word.special:
-            start = data.text.find(word.text, place)
-            if start >= 0:
-                place = start + len(word.text)
-                rest = data.text[place:]
-                gap = rest[: len(rest) - len(rest.lstrip())]
         times = _times(word.received)
         cells = [f"{x:.3f}" for x in (word.received, word.shuffled, word.random)]
         found.append({
-            "text": word.text, "special": word.special, "level": level, "times": times, "gap": gap,
+            "text": word.text, "special": word.special, "level": level, "times": times,
+            "gap": word.gap,
             "title": f"{times} the even share", "cells": [*cells, f"{word.share:.2%}"],
         })  # fmt: skip
     return found
@@ -201,7 +194,7 @@ def _panels(data: ReportData, index: int, one: Map) -> dict[str, Any]:
         "key": f"map{index}",
         "title": _name(data, one),
         "meaning": one.meaning,
-        "even": charts.number(one.even, one.unit),
+        "even": charts.even(one),
         "heads": max(len(row) for row in one.values),
         "panels": [
             {"key": f"map{index}-{panel}", "title": title} for panel, title in charts.PANELS
@@ -214,9 +207,9 @@ def _tables(data: ReportData) -> list[dict[str, Any]]:
         {
             "name": _name(data, one),
             "caption": f"{one.meaning} Unit: {one.unit}; even attention: "
-            f"{charts.number(one.even, one.unit)}.",
+            f"{charts.even(one)}.",
             "head": ["layer", "head", *(title for _, title in charts.PANELS)],
-            "rows": [[*cell[:2], *(f"{x:.4g}" for x in cell[2:])] for cell in one.cells()],
+            "rows": [[*cell[:2], *(f"{x:.4g}" for x in cell[2:5])] for cell in one.cells()],
         }
         for one in data.maps
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attnbias.report.data import Map, ReportData, Word
+from attnbias.report.data import Cell, Map, ReportData, Word
 
 STANDING = (
     "Attention is not importance: a word that receives much attention need not matter to what the "
@@ -55,13 +55,16 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Rule:
-    """How one statistic becomes a finding. `cut` and `show` get the map's even value."""
+    """How one statistic becomes a finding.
+
+    `passes` gets a value and the even value of its layer; `show` puts both in words.
+    """
 
     key: str
     name: str
-    above: bool
-    cut: Callable[[float], float]
-    says: Callable[[ReportData, Map], str]
+    most: bool
+    passes: Callable[[float, float], bool]
+    says: Callable[[ReportData], str]
     show: Callable[[float, float], str]
     threshold: str
 
@@ -84,48 +87,50 @@ def _of_even(value: float, even: float) -> str:
     return percent(value / even) if even > 0 else "not measured"
 
 
-def _first(data: ReportData, _: Map) -> str:
-    return (
-        f"at least {percent(SINK_SHARE)} of the attention goes to the first token "
-        f"(“{data.tokens[0]}”)"
+def _sink(value: float, even: float) -> bool:
+    return value >= max(SINK_SHARE, 2 * even)
+
+
+def _share(value: float, even: float) -> str:
+    return f"{percent(value)} (even: {percent(even)})"
+
+
+def _goes_to(which: str, place: int) -> Callable[[ReportData], str]:
+    return lambda data: (
+        f"at least {percent(SINK_SHARE)} of the attention goes to the {which} token "
+        f"(“{data.tokens[place]}”)"
     )
 
 
-def _last(data: ReportData, _: Map) -> str:
-    return (
-        f"at least {percent(SINK_SHARE)} of the attention goes to the last token "
-        f"(“{data.tokens[-1]}”)"
-    )
+def _sink_rule(which: str, place: int) -> _Rule:
+    return _Rule(
+        key=f"{which}_token", name=f"attention to the {which} token", most=True, passes=_sink,
+        says=_goes_to(which, place), show=_share,
+        threshold=f"a head with {percent(SINK_SHARE)} or more of its attention on the {which} "
+        "token (and at least twice the even share)",
+    )  # fmt: skip
 
 
 RULES = (
+    _sink_rule("first", 0),
+    _sink_rule("last", -1),
     _Rule(
-        "first_token", "attention to the first token", True,
-        lambda even: max(SINK_SHARE, 2 * even), _first, lambda value, even: percent(value),
-        f"a head with {percent(SINK_SHARE)} or more of its attention on the first token "
-        "(and at least twice the even share)",
-    ),
-    _Rule(
-        "last_token", "attention to the last token", True,
-        lambda even: max(SINK_SHARE, 2 * even), _last, lambda value, even: percent(value),
-        f"a head with {percent(SINK_SHARE)} or more of its attention on the last token "
-        "(and at least twice the even share)",
-    ),
-    _Rule(
-        "entropy", "narrow attention", False,
-        lambda even: NARROW_ENTROPY * even,
-        lambda *_: "attention is narrow: its entropy is under "
+        key="entropy", name="narrow attention", most=False,
+        passes=lambda value, even: value < NARROW_ENTROPY * even,
+        says=lambda _: "attention is narrow: its entropy is under "
         f"{percent(NARROW_ENTROPY)} of that of attention spread evenly",
-        lambda value, even: f"{_of_even(value, even)} of even",
-        f"a head with an entropy under {percent(NARROW_ENTROPY)} of that of even attention",
+        show=lambda value, even: f"{_of_even(value, even)} of even",
+        threshold=f"a head with an entropy under {percent(NARROW_ENTROPY)} of that of even "
+        "attention",
     ),
     _Rule(
-        "distance", "attention to near tokens", False,
-        lambda even: LOCAL_DISTANCE * even,
-        lambda *_: "attention stays near: its mean distance is under "
+        key="distance", name="attention to near tokens", most=False,
+        passes=lambda value, even: value < LOCAL_DISTANCE * even,
+        says=lambda _: "attention stays near: its mean distance is under "
         f"{percent(LOCAL_DISTANCE)} of that of attention spread evenly",
-        lambda value, even: f"{value:.1f} tokens (even: {even:.1f})",
-        f"a head with a mean distance under {percent(LOCAL_DISTANCE)} of that of even attention",
+        show=lambda value, even: f"{value:.1f} tokens (even: {even:.1f})",
+        threshold=f"a head with a mean distance under {percent(LOCAL_DISTANCE)} of that of even "
+        "attention",
     ),
 )  # fmt: skip
 
@@ -155,42 +160,40 @@ def summarise(data: ReportData) -> Summary:
     return Summary(verdict, tuple(findings))
 
 
-def _passing(rule: _Rule, one: Map, column: int) -> int:
-    cut = rule.cut(one.even)
-    values = [cell[column] for cell in one.cells()]
-    return sum(v >= cut if rule.above else v < cut for v in values)
+def _passing(rule: _Rule, cells: list[Cell], panel: str) -> int:
+    return sum(rule.passes(getattr(cell, panel), cell.even) for cell in cells)
 
 
-def _extreme(rule: _Rule, one: Map, column: int) -> tuple[int, int, float]:
-    cells = [cell for cell in one.cells() if not math.isnan(cell[column])]
-    best = (max if rule.above else min)(cells, key=lambda cell: cell[column], default=None)
-    return (best[0], best[1], best[column]) if best else (0, 0, math.nan)
+def _end(rule: _Rule, cells: list[Cell], panel: str) -> tuple[Cell | None, str]:
+    """The head furthest on the side that the rule looks at, against even attention."""
+    known = [cell for cell in cells if not math.isnan(getattr(cell, panel)) and cell.even > 0]
+    pick = max if rule.most else min
+    best = pick(known, key=lambda cell: getattr(cell, panel) / cell.even, default=None)
+    if best is None:
+        return None, "not measured"
+    return best, rule.show(getattr(best, panel), best.even)
 
 
 def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
-    total = len(one.cells())
-    found, shuffled, random = (_passing(rule, one, column) for column in (2, 3, 4))
-    strong = found > 0 and 2 * random < found
+    cells = one.cells()
+    total = len(cells)
+    found, shuffled, random = (_passing(rule, cells, p) for p in ("values", "shuffled", "random"))
     tower = f" ({one.tower})" if len(data.towers) > 1 else ""
-    layer, head, value = _extreme(rule, one, 2)
-    ends = [rule.show(_extreme(rule, one, column)[2], one.even) for column in (3, 4)]
-    word = "most" if rule.above else "least"
-    counted = f"In {found} of {total} heads{tower} {rule.says(data, one)}."
+    best, value = _end(rule, cells, "values")
+    word = "most" if rule.most else "least"
+    statement = f"In {found} of {total} heads{tower} {rule.says(data)}."
     if not found:
-        counted = f"No strong {rule.name}{tower}: no head of {total} passed the threshold."
-    even = (
-        f"; spread evenly it would be {rule.show(one.even, one.even)}"
-        if rule.key in ("first_token", "last_token")
-        else ""
-    )
+        statement = f"No strong {rule.name}{tower}: no head of {total} passed the threshold."
+    where = f"layer {best.layer}, head {best.head}, " if best else ""
     return Finding(
         key=rule.key,
-        strong=strong,
-        statement=counted,
-        strongest=f"The {word}: layer {layer}, head {head}, {rule.show(value, one.even)}{even}.",
+        strong=found > 0 and 2 * random < found,
+        statement=statement,
+        strongest=f"The {word}: {where}{value}.",
         controls=(
-            f"Same text, words shuffled: {shuffled} of {total} heads, {word} {ends[0]}. "
-            f"Same architecture, random weights: {random} of {total} heads, {word} {ends[1]}."
+            f"Same text, words shuffled: {shuffled} of {total} heads, {word} "
+            f"{_end(rule, cells, 'shuffled')[1]}. Same architecture, random weights: {random} of "
+            f"{total} heads, {word} {_end(rule, cells, 'random')[1]}."
         ),
         reading=_reading(found, shuffled, random),
         threshold=f"Threshold: {rule.threshold}.",

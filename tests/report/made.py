@@ -36,7 +36,7 @@ def even_map(kind: tuple[str, str, str, float], **changes: Any) -> Map:
     one = Map(
         statistic=name, tower="text", title=title, unit=unit, meaning=f"Plain words on {title}.",
         layers=tuple(range(LAYERS)), values=grid(even, seed=1), shuffled=grid(even, seed=2),
-        random=grid(even, seed=3), even=even,
+        random=grid(even, seed=3), even=(even,) * LAYERS,
     )  # fmt: skip
     return replace(one, **changes)
 

@@ -1,0 +1,136 @@
+"""`attnbias observe`: where the attention of a model goes in a text, as a page, a figure, data."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnbias.cli.loading import DTYPES
+from attnbias.errors import AttnbiasError
+
+if TYPE_CHECKING:
+    from attnbias.report.data import ReportData
+
+OUTPUTS = ("report", "png", "csv", "json")
+
+
+def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "observe", help="where the attention of a model goes in a text, against two controls"
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, or a name on the model hub")
+    parser.add_argument("--text", required=True, metavar="FILE", help='UTF-8 text, "-" for stdin')
+    parser.add_argument("--report", type=Path, metavar="FILE", help="one self-contained HTML page")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="the main figure")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="a row for each head and statistic"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="everything on the page as data")
+    parser.add_argument("--layers", default="all", help='as in 0,3-5; default: "all"')
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="cut the text after N tokens")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    parser.add_argument("--revision", help="commit, branch or tag of a hub model")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the model brings (off)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the files asked for (all or none), print the summary; returns 0."""
+    from attnbias.cli.loading import load, text_of
+    from attnbias.report.files import check_targets, write_all
+
+    targets = {name: path for name in OUTPUTS if (path := getattr(args, name)) is not None}
+    check_targets(targets.values())
+    layers = layer_numbers(args.layers)
+    text = text_of(args.text)
+    model, tokenizer, revision = load(
+        args.model, device=args.device, dtype=args.dtype, revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    from attnbias.report.collect import collect
+
+    data = collect(
+        model, tokenizer, text, name=_title(args.model), revision=revision, layers=layers,
+        max_tokens=args.max_tokens, progress=True,
+        settings=(("Command", command(args)), ("Precision and device", _where(model))),
+    )  # fmt: skip
+    write_all({path: content(name, data) for name, path in targets.items()})
+    tell(data, targets)
+    return 0
+
+
+def content(name: str, data: ReportData) -> bytes:
+    """The bytes of one output: "report", "png", "csv" or "json"."""
+    from attnbias.report import files, page
+
+    makers = {
+        "report": page.render, "png": page.png, "csv": files.to_csv, "json": files.to_json,
+    }  # fmt: skip
+    return makers[name](data)
+
+
+def layer_numbers(text: str) -> str | tuple[int, ...]:
+    """ "all", or layer numbers written as in ``0,3-5``."""
+    if text == "all":
+        return text
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise AttnbiasError(f'--layers {text!r}: write "all" or numbers as in 0,3-5')
+        found.extend(range(int(first), int(last if dash else first) + 1))
+    if not found or len(found) > 10_000:
+        raise AttnbiasError(f'--layers {text!r}: write "all" or numbers as in 0,3-5')
+    return tuple(dict.fromkeys(found))
+
+
+def tell(data: ReportData, targets: dict[str, Path]) -> None:
+    """Print the summary and the names of the files written."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from attnbias.report.page import clean
+    from attnbias.report.summary import summarise
+
+    console = Console(highlight=False)
+    summary = summarise(clean(data))
+    console.print(Text(summary.verdict, style="bold"))
+    for one in summary.findings:
+        lines = [one.statement, one.strongest, one.controls, one.reading, one.threshold]
+        mark = Text("* " if one.strong else "- ")
+        grid = Table.grid()
+        grid.add_row(mark, Text("\n".join(line for line in lines if line)))
+        console.print("", grid)
+    console.print(Text(f"\n{summary.standing}", style="italic"))
+    for path in targets.values():
+        console.print(Text(f"written: {path}"))
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command that gives this report again; outputs other than the page are left out."""
+    words = ["attnbias", "observe", args.model, "--text", Path(args.text).name]
+    for flag in ("layers", "max_tokens", "device", "dtype", "revision"):
+        value = getattr(args, flag)
+        if value is not None and value not in ("all", "cpu", "auto"):
+            words += [f"--{flag.replace('_', '-')}", str(value)]
+    if args.trust_remote_code:
+        words.append("--trust-remote-code")
+    if args.report:
+        words += ["--report", args.report.name]
+    return shlex.join(words)
+
+
+def _title(model: str) -> str:
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
+
+
+def _where(model: Any) -> str:
+    weight = next(model.parameters())
+    return f"{str(weight.dtype).removeprefix('torch.')}, {weight.device.type}"
