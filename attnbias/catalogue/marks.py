@@ -1,8 +1,8 @@
 """Marks of works, computed from the files of a checkout; and the texts made from the catalogue.
 
-    implemented   one of the work's test files has a test class that inherits from a case of
-                  `tests/cases` (directly, or through a class of the same file), and the work's
-                  test files name every one of its objects. That they pass, `make test` says.
+    implemented   test classes in the work's test files that inherit from a case of `tests/cases`
+                  (directly, or through a class of the same file) name, between them, every one
+                  of its objects. That they pass, `make test` says.
     shown,        one of the work's result files (JSON) has this mark under "mark", the work's id
     reproduced    under "work", `true` under "passed", and says "command", "commit", "seeds",
                   "environment" and "seconds"; for `reproduced` also "cell", the cited cell.
@@ -84,14 +84,14 @@ def _between(text: str, table: str) -> str:
 
 
 def _implemented(work: Work, root: Path) -> bool:
-    trees = [
-        ast.parse((root / path).read_text(encoding="utf-8"))
-        for path in work.evidence
-        if path.endswith(".py") and (root / path).is_file()
-    ]
-    named = {name for tree in trees for node in ast.walk(tree) for name in _names(node)}
-    wanted = {path.rpartition(".")[2] for path in work.objects}
-    return any(_has_case(tree) for tree in trees) and wanted <= named
+    """Whether test classes of the evidence that inherit from a case name every object."""
+    named: set[str] = set()
+    for path in work.evidence:
+        if path.endswith(".py") and (root / path).is_file():
+            tree = ast.parse((root / path).read_text(encoding="utf-8"))
+            for case in _cases(tree):
+                named |= {name for node in ast.walk(case) for name in _names(node)}
+    return {path.rpartition(".")[2] for path in work.objects} <= named
 
 
 def _names(node: ast.AST) -> list[str]:
@@ -100,20 +100,21 @@ def _names(node: ast.AST) -> list[str]:
     return [node.attr] if isinstance(node, ast.Attribute) else []
 
 
-def _has_case(tree: ast.Module) -> bool:
-    """Whether a class with tests' name inherits from something imported from `tests.cases`."""
+def _cases(tree: ast.Module) -> list[ast.ClassDef]:
+    """The test classes that inherit from something imported from `tests.cases`."""
     known = {
         alias.asname or alias.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests.cases")
         for alias in node.names
     }
+    found = []
     for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         if known & {name for base in node.bases for name in _names(base)}:
             known.add(node.name)
             if node.name.startswith("Test"):
-                return True
-    return False
+                found.append(node)
+    return found
 
 
 def _result_mark(path: Path, id: str) -> str | None:
