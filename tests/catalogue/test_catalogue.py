@@ -90,10 +90,12 @@ def test_marks_follow_from_files(small: Path) -> None:
     file = small / "tests/test_small.py"
     file.write_text(CASE + "class TestSmall:\n    build = ALiBi\n")
     assert compute(row, small) == ("shown",)
-    file.write_text(
-        CASE + "class Form(BiasCase):\n    x = ALiBi\nclass TestSmall(Form):\n    ...\n"
-    )
+    between = "class Form(BiasCase): ...\nclass TestSmall(Form):\n    x = ab.ALiBi\n"
+    file.write_text(CASE + between)
     assert compute(row, small) == ("implemented", "shown")
+    # The object is named in the file, but outside the class that inherits.
+    file.write_text(CASE + "class TestSmall(BiasCase): ...\nALiBi\n")
+    assert compute(row, small) == ("shown",)
     file.unlink()
     assert compute(row, small) == ("shown",)
 
