@@ -28,11 +28,12 @@ from torch import Tensor
 
 from benchmarks import attention_report as report
 from benchmarks import common, lines
-from benchmarks.lines import FLOOR, LINES, Line, mask_name, plain
+from benchmarks.lines import FLOOR, Line, lines_of, mask_name, plain
 from benchmarks.problem import DTYPES, SEED, Problem
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 QUICK_LENGTHS = (128,)
+WARM_AT_MOST = 4096  # beyond, what a first call does once is nothing beside the call itself
 MODULE = "benchmarks.attention_cpu"
 # What decides whether a group measured before still counts: the code that is timed, and the lines.
 MEASURED: tuple[str, ...] = (
@@ -61,24 +62,34 @@ def problems(lengths: Sequence[int], dtypes: Sequence[str]) -> list[Problem]:
     ]
 
 
+def floors(todo: Sequence[Problem]) -> dict[tuple[str, bool, bool], float]:
+    """Seconds of one call of the floor at 1,024 tokens, for every kind of problem to measure."""
+    found = {}
+    for kind in sorted({(p.dtype, p.causal, p.backward) for p in todo}):
+        problem = Problem(1024, *kind)
+        call = lines.timed(problem, plain(problem, {}))
+        found[kind] = common.interleave({FLOOR: call}, budget=0.0)[FLOOR].low
+    return found
+
+
 def group_cost(problem: Problem, floor_at_1024: float, budget: float) -> float:
-    """Seconds that a group will take, from one measured call of the floor at 1,024 tokens."""
+    """Seconds that a group will take, roughly, from the floor's time at 1,024 tokens."""
+    here = [
+        line for line in lines_of(problem) if not line.matrices[0] or not too_large(line, problem)
+    ]
     call = floor_at_1024 * (problem.length / 1024) ** 2
-    call *= (0.55 if problem.causal else 1.0) * (3.5 if problem.backward else 1.0)
-    one_round = call * sum(
-        line.cost * (2.0 if problem.causal and line.matrices[0] else 1.0) for line in LINES
-    )
-    rounds = common.rounds_for(one_round, budget=budget)
-    return one_round * (rounds + (problem.length <= WARM_AT_MOST)) + 1.0
+    one_round = call * sum(line.cost(problem) for line in here)
+    rounds = common.rounds_for(one_round, budget=budget) + (problem.length <= WARM_AT_MOST)
+    compiling = 0.0 if problem.backward else 4.0 + call
+    return one_round * rounds + compiling + 4.0 * (problem.length / 16384) ** 2
 
 
-WARM_AT_MOST = 8192  # beyond, a call lasts seconds and the first one is like the others
-
-
-def too_large(line: Line, problem: Problem, shared: dict[str, Any]) -> dict[str, Any] | None:
+def too_large(
+    line: Line, problem: Problem, shared: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
     """ "does not fit" with the estimate, where the line's N x N tensors exceed free memory."""
     need = lines.dense_bytes(problem, line.matrices[problem.backward])
-    held = shared["mask"].nbytes if "mask" in shared else 0  # counted in `need` already
+    held = shared["mask"].nbytes if shared and "mask" in shared else 0  # counted in `need` already
     free = int(0.92 * common.memory_bytes()[1]) + held
     if need <= free:
         return None
@@ -91,12 +102,13 @@ def measure(problem: Problem, shared: dict[str, Any], *, budget: float) -> dict[
     started, begin = common.now(), time.perf_counter()
     cells: dict[str, dict[str, Any]] = {}
     calls: dict[str, Callable[[], Any]] = {}
-    by_name = {line.name: line for line in LINES}
-    kinds = sorted({line.kind for line in LINES})
+    here = lines_of(problem)
+    by_name = {line.name: line for line in here}
+    kinds = sorted({line.kind for line in here})
     answers = {kind: problem.answer(kind) for kind in kinds}
     if shared.get("mask_of") != mask_name(problem):
         shared.clear()  # the mask of other groups must not take what this one needs
-    for line in LINES:
+    for line in here:
         cell = too_large(line, problem, shared) if line.matrices[0] else None
         shared.pop("lowering", None)
         if cell is None:
@@ -166,13 +178,6 @@ def errors(problem: Problem, result: Any, answer: tuple[Tensor, Tensor]) -> dict
     return found
 
 
-def floor_at_1024() -> float:
-    """Seconds of one unbiased call at 1,024 tokens, float32, the best of three."""
-    problem = Problem(1024)
-    call = lines.timed(problem, plain(problem, {}))
-    return common.interleave({"plain": call}, budget=0, least=3)["plain"].low
-
-
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n")[0])
     made.add_argument("--quick", action="store_true", help="tiny lengths, written to out/ instead")
@@ -228,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.fresh:
         todo = [p for p in todo if groups.get(key_of(p), {}).get("fingerprint") != current]
     budget = 0.02 if args.quick else args.budget
-    floor = floor_at_1024()
-    costs = [group_cost(problem, floor, budget) for problem in todo]
+    floor = floors(todo)
+    costs = [group_cost(p, floor[p.dtype, p.causal, p.backward], budget) for p in todo]
     print(f"{len(todo)} groups to measure, about {common.duration(sum(costs))}", flush=True)
     whole = [key_of(p) for p in problems(LENGTHS, list(DTYPES))]
     seeds = {"inputs": SEED, "rows": SEED + 1}

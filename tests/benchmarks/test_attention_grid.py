@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import attention_cpu, attention_report, common
-from benchmarks.lines import LINES, dense_alibi, timed
+from benchmarks.lines import LINES, dense_alibi, lines_of, timed
 from benchmarks.problem import DIM, HEADS, Problem
 
 KINDS = ("none", "key", "alibi", "t5")
@@ -65,11 +65,11 @@ def test_a_nan_is_an_error_not_a_success() -> None:
 def test_what_does_not_fit_says_its_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "memory_bytes", lambda: (10**9, 10**9))
     line = next(line for line in LINES if line.name == "ALiBi, eager")
-    cell = attention_cpu.too_large(line, Problem(16384), {})
+    cell = attention_cpu.too_large(line, Problem(16384))
     assert cell is not None
     assert cell["status"] == "does not fit"
     assert cell["estimate_gb"] == round(3 * HEADS * 16384**2 * 4 / 1e9, 2)
-    assert attention_cpu.too_large(line, Problem(512), {}) is None
+    assert attention_cpu.too_large(line, Problem(512)) is None
 
 
 def group(ratio: float, **changes: Any) -> dict[str, Any]:
@@ -78,6 +78,22 @@ def group(ratio: float, **changes: Any) -> dict[str, Any]:
     cells = {line.name: {"status": "ok", "ratio": ratio, "error": 1e-7, **times} for line in LINES}
     base = {"dtype": "float32", "causal": False, "backward": False, "queries": 2048}
     return base | {"run": "1", "bias_effect": {"alibi": 2.0}, "lines": cells} | changes
+
+
+def test_a_mask_held_already_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(256)
+    mask = dense_alibi(problem)
+    line = next(line for line in LINES if line.name == "ALiBi, dense mask")
+    monkeypatch.setattr(common, "memory_bytes", lambda: (10**9, 0))
+    assert attention_cpu.too_large(line, problem, {"mask": mask}) is None
+    assert attention_cpu.too_large(line, problem, {}) is not None
+
+
+def test_the_estimate_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "memory_bytes", lambda: (10**12, 10**12))
+    roomy = attention_cpu.group_cost(Problem(16384), 0.01, budget=15.0)
+    monkeypatch.setattr(common, "memory_bytes", lambda: (10**9, 10**9))
+    assert attention_cpu.group_cost(Problem(16384), 0.01, budget=15.0) < 0.8 * roomy
 
 
 def test_goals_fail_for_what_is_slow_wrong_missing_or_failed() -> None:
@@ -90,6 +106,7 @@ def test_goals_fail_for_what_is_slow_wrong_missing_or_failed() -> None:
     assert not holds(group(1.13, causal=True, backward=True))["ALiBi"]
     assert holds(group(1.19, causal=True))["ALiBi"]
     assert holds(group(9.0, queries=1024)) == {}
+    assert "T5 table" not in holds(group(1.0, backward=True))
     wrong, failed, missing = group(1.0), group(1.0), group(1.0)
     wrong["lines"]["ALiBi"]["error"] = 0.5
     failed["lines"]["ALiBi"] = {"status": "failed", "reason": "x"}
@@ -147,7 +164,8 @@ def test_quick_writes_a_whole_file_and_a_rerun_continues(tmp_path: Path) -> None
     payload = json.loads(path.read_text())
     assert len(payload["groups"]) == 4
     for found in payload["groups"].values():
-        assert set(found["lines"]) == {line.name for line in LINES}
+        problem = Problem(64, causal=found["causal"], backward=found["backward"])
+        assert set(found["lines"]) == {line.name for line in lines_of(problem)}
         for cell in found["lines"].values():
             assert cell["status"] in ("ok", "not available")
             if cell["status"] == "ok":
