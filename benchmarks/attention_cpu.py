@@ -206,14 +206,10 @@ def target(args: argparse.Namespace, box: dict[str, Any]) -> tuple[Path, dict[st
     if args.out or args.quick:
         path = args.out or common.SCRATCH / f"quick_{name}"
         return path, {"groups": {}, "runs": []} if args.quick else report.load(path)
-    path = common.RESULTS / name
+    path = common.recorded_or_scratch(name, box)
     found = report.load(path)
-    if found["groups"] and not report.same_box(found, box, common.versions()):
-        path = common.SCRATCH / name
-        print(f"the recorded results are of another machine or torch: writing {path}")
-        found = report.load(path)
-        if found["groups"] and not report.same_box(found, box, common.versions()):
-            found = {"groups": {}, "runs": []}
+    if found["groups"] and not common.same_box(found, box, common.versions()):
+        found = {"groups": {}, "runs": []}  # what lies in out/ is nobody's record
     return path, found
 
 

@@ -79,14 +79,6 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(verdict['holds'] for verdict in found)} of {len(found)} cells hold"
 
 
-def same_box(head: Mapping[str, Any], box: Mapping[str, Any], made: Mapping[str, str]) -> bool:
-    """Whether results with this header can stand beside new ones: one machine, threads, torch."""
-    parts = ("cpu", "cores", "threads")
-    return all(head["machine"].get(part) == box.get(part) for part in parts) and (
-        head["versions"].get("torch") == made["torch"]
-    )
-
-
 def load(path: Path) -> dict[str, Any]:
     """The result file, or an empty one."""
     if not path.exists():

@@ -45,7 +45,9 @@ __all__ = [
     "now",
     "peak_bytes",
     "progress",
+    "recorded_or_scratch",
     "rounds_for",
+    "same_box",
     "save_figure",
     "versions",
     "write_json",
@@ -167,6 +169,28 @@ def header(
         "started": started,
         "seconds": round(seconds, 1),
     }
+
+
+def same_box(head: Mapping[str, Any], box: Mapping[str, Any], made: Mapping[str, str]) -> bool:
+    """Whether results with this header can stand beside new ones: one machine and one torch.
+
+    Threads count where `box` names them.
+    """
+    parts = [part for part in ("cpu", "cores", "threads") if part in box]
+    return all(head["machine"].get(part) == box[part] for part in parts) and (
+        head["versions"].get("torch") == made["torch"]
+    )
+
+
+def recorded_or_scratch(name: str, box: Mapping[str, Any]) -> Path:
+    """The recorded result file of that name, or, where it is of another machine, one in out/."""
+    path = RESULTS / name
+    if path.exists():
+        head = json.loads(path.read_text(encoding="utf-8"))
+        if not same_box(head, box, versions()):
+            print(f"the recorded {name} is of another machine or torch: writing to {SCRATCH}")
+            return SCRATCH / name
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

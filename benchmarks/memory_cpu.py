@@ -179,8 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lengths = args.only or (QUICK_LENGTHS if args.quick else LENGTHS)
     repeats = 1 if args.quick else max(1, args.repeats)
     partial = set(lengths) != set(LENGTHS)
-    folder = common.SCRATCH if args.quick or partial else common.RESULTS
-    path = args.out or folder / "memory_cpu.json"
+    path = args.out or common.SCRATCH / "quick_memory_cpu.json"
+    if not (args.out or args.quick or partial):
+        path = common.recorded_or_scratch("memory_cpu.json", common.machine())
     total = repeats * sum(cost(length, line.causal) for length in lengths for line in LINES)
     print(f"{len(lengths) * len(LINES) * repeats} processes, about {common.duration(total)}")
     started, begin = common.now(), time.perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common
+from benchmarks import common, memory_cpu
 from benchmarks.memory_cpu import MODULE
 
 
@@ -86,3 +86,22 @@ def test_a_dense_mask_shows_in_the_peak_of_a_fresh_process() -> None:
     extra = (peaks["ALiBi, dense mask"]["peak"] - peaks["plain"]["peak"]) / 1e6
     assert 30 < extra < 80
     assert all(found["finite"] for found in peaks.values())
+
+
+def test_peak_memory_is_the_worst_over_the_least_and_its_goal_can_fail() -> None:
+    line = next(line for line in memory_cpu.LINES if line.name == "relative, causal")
+    peaks = {
+        line.name: [{"peak": 400_000_000}, {"peak": 410_000_000}],
+        line.floor: [{"peak": 320_000_000}, {"peak": 305_000_000}],
+        "unbiased": [{"peak": 1}],
+    }
+    assert memory_cpu.extra_megabytes(peaks, line) == 105.0
+    row = {"status": "ok", "floor": line.floor, "extra_mb": 105.0}
+    rows = {line.name: row, "key bias": row | {"extra_mb": 99.0}}
+    rows["x"] = {"status": "failed", "floor": line.floor, "reason": "killed"}
+    found = memory_cpu.goal([{"queries": 32768, "lines": rows}, {"queries": 8192, "lines": rows}])
+    assert [(v["line"], v["holds"]) for v in found] == [
+        (line.name, False),
+        ("key bias", True),
+        ("x", False),
+    ]
