@@ -74,15 +74,8 @@ class Window(Mask):
         return f"Window({sides}, {self.queries}, {self.keys}, offset={self.offset})"
 
     def dense(self) -> Tensor:
-        rows = torch.arange(self.queries, device=self.device)[:, None]
-        step = torch.arange(self.keys, device=self.device)[None, :] - rows
-        visible = torch.ones_like(step, dtype=torch.bool)
-        low, high = self.band()
-        if low is not None:
-            visible &= step >= low
-        if high is not None:
-            visible &= step <= high
-        return to_mask(visible)[None, None]
+        tile = torch.zeros(1, 1, self.queries, self.keys, device=self.device)
+        return hide_outside(tile, *self.band())
 
     def span(self, rows: slice) -> tuple[int, int]:
         low, high = self.band()
@@ -129,6 +122,20 @@ class Window(Mask):
             offset=self.offset,
             device=self.device,
         )
+
+
+def hide_outside(tile: Tensor, low: int | None, high: int | None) -> Tensor:
+    """Minus infinity in place where not ``low <= j - i <= high``; only the edges are touched."""
+    rows, cols = tile.shape[-2:]
+    if high is not None and high < cols - 1:
+        first = max(high + 1, 0)
+        late = torch.ones(rows, cols - first, dtype=torch.bool, device=tile.device)
+        tile[..., first:].masked_fill_(late.triu_(high + 1 - first), -torch.inf)
+    if low is not None and low > 1 - rows:
+        last = min(rows - 1 + low, cols)
+        early = torch.ones(rows, max(last, 0), dtype=torch.bool, device=tile.device)
+        tile[..., : max(last, 0)].masked_fill_(early.tril_(low - 1), -torch.inf)
+    return tile
 
 
 def Causal(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnbias.bias import Relative
 from attnbias.errors import AttnbiasError
+from attnbias.forms.lengths import distances
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -72,6 +73,6 @@ class ALiBi:
         slopes = self.slopes.to(device) if device is not None else self.slopes
         if slopes.dtype != torch.float64:
             slopes = slopes.float()
-        distance = torch.arange(1 - queries, keys, device=slopes.device) - offset
+        distance = distances(queries, keys, offset, slopes.device)
         table = -slopes[:, None] * distance.abs().to(slopes.dtype)
         return Relative(table, queries=queries, keys=keys, offset=offset)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnbias.bias import Relative
 from attnbias.errors import AttnbiasError
+from attnbias.forms.lengths import distances
 
 
 def t5_buckets(
@@ -87,7 +88,7 @@ class T5:
         """The bias for these lengths: a `Relative` of shape ``(1, heads, queries, keys)``."""
         keys = queries if keys is None else keys
         offset = keys - queries if offset is None else offset
-        distance = torch.arange(1 - queries, keys, device=self.table.device) - offset
+        distance = distances(queries, keys, offset, self.table.device)
         index = t5_buckets(
             distance,
             buckets=self.buckets,

@@ -125,10 +125,13 @@ def call_backward(
 
 
 def _fitting(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """The operator takes float32 masks with any query; a float64 mask only with float64 queries."""
-    if mask is None or mask.dtype == torch.float32 or query.dtype == torch.float64:
-        return mask
-    return mask.float()
+    """A mask in the working dtype of the query.
+
+    The operator takes float32 masks with half queries; next to float64 queries it takes them too, but
+    reads a strided one wrongly.
+    """
+    kind = plain.working(query.dtype)
+    return mask if mask is None or mask.dtype == kind else mask.to(kind)
 
 
 def _fallback_tiles(
@@ -269,7 +272,9 @@ def flash(
     if query.numel() == 0 or key.shape[2] == 0 or wide == 0:
         return _nothing(query, key, value)
     if mask is not None:
-        mask = mask.detach().expand(query.shape[0], heads, query.shape[2], key.shape[2])
+        # The dtype first: a conversion would write out what is expanded.
+        mask = mask.detach().to(plain.working(query.dtype))
+        mask = mask.expand(query.shape[0], heads, query.shape[2], key.shape[2])
         if mask.shape[-1] > 1 and mask.stride(-1) != 1:
             mask = mask.contiguous()
     if wide < size:

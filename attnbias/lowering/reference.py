@@ -26,16 +26,10 @@ class Reference(Lowering):
         score = problem.scale * (query @ key.mT)
         if problem.bias is not None:
             score = score + problem.bias.dense().to(score)
-        if problem.keys == 0:
-            lse = score.new_full(score.shape[:-1], -torch.inf)
-        else:
-            lse = score.logsumexp(-1)
-        seen = lse > -torch.inf
-        # In a row without a key every score is -inf: the difference would be NaN, the weight is 0.
-        weight = torch.where(
-            seen[..., None] & (score > -torch.inf),
-            (score - torch.where(seen, lse, 0.0)[..., None]).exp(),
-            0.0,
-        )
+        seen = (score > -torch.inf).any(-1)
+        # A row of nothing but -inf has a NaN softmax and a NaN gradient: it is 0 by definition here.
+        safe = torch.where(seen[..., None], score, 0.0)
+        lse = torch.where(seen, safe.logsumexp(-1), -torch.inf)
+        weight = torch.where(seen[..., None], safe.softmax(-1), 0.0)
         kind = problem.query.dtype
         return (weight @ value).to(kind), lse.to(torch.promote_types(kind, torch.float32))

@@ -84,9 +84,8 @@ def strip(problem: Problem) -> Tensor:
         table = table.masked_fill(step < normal.low, -torch.inf)
     if normal.high is not None:
         table = table.masked_fill(step > normal.high, -torch.inf)
-    if table.dtype == torch.float64 and problem.query.dtype != torch.float64:
-        table = table.float()  # the operator reads float64 masks with float64 queries alone
-    return table.contiguous()
+    # The dtype of the operator's mask, while it is still a strip: a conversion of the view is dense.
+    return table.to(plain.working(problem.query.dtype)).contiguous()
 
 
 def blocks(
@@ -105,22 +104,25 @@ def blocks(
 
 
 def hankel(
-    table: Tensor, shape: tuple[int, int], queries: int, stop: int, first: int, last: int
+    table: Tensor,
+    shape: tuple[int, int],
+    queries: int,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
 ) -> Tensor:
-    """The mask of rows up to `stop`, in reverse order, and keys ``first:last``: a view of `table`.
+    """The mask of a block of rows, in reverse order, and a range of keys: a view of `table`.
 
-    Row ``a`` is query ``stop - 1 - a``, so entry ``(a, j)`` is ``table[queries - stop + a + j]``.
+    Row ``a`` is query ``rows[1] - 1 - a``, so entry ``(a, j)`` is
+    ``table[queries - rows[1] + a + cols[0] + j]``.
     """
-    rows = min(stop, queries)
-    batch, heads = shape
     steps = [
         0 if size == 1 else step
         for size, step in zip(table.shape[:2], table.stride()[:2], strict=True)
     ]
     return table.as_strided(
-        (batch, heads, rows, last - first),
-        (steps[0], steps[1], 1, 1),
-        table.storage_offset() + queries - stop + first,
+        (*shape, rows[1] - rows[0], cols[1] - cols[0]),
+        (*steps, 1, 1),
+        table.storage_offset() + queries - rows[1] + cols[0],
     )
 
 
@@ -143,8 +145,7 @@ class _Strided(torch.autograd.Function):
         lse = torch.full(query.shape[:3], -torch.inf, dtype=kind, device=query.device)
         whole = low is None and high is None
         for start, stop, first, last in blocks(n, m, low, high):
-            mask = hankel(table, (query.shape[0], query.shape[1]), n, stop, first, last)
-            mask = mask[:, :, : stop - start]
+            mask = hankel(table, (query.shape[0], query.shape[1]), n, (start, stop), (first, last))
             part = slice(n - stop, n - start)
             o, raw = flash.call(
                 flipped[:, :, part],
@@ -181,7 +182,7 @@ class _Strided(torch.autograd.Function):
         parts = list(blocks(n, m, *ctx.band))
         shape = (query.shape[0], query.shape[1])
         if len(parts) == 1 and parts[0] == (0, n, 0, m):
-            mask = hankel(table, shape, n, n, 0, m)
+            mask = hankel(table, shape, n, (0, n), (0, m))
             dq, dk, dv = flash.call_backward(
                 grad, query, key, value, out, lse, mask, False, ctx.scale
             )
@@ -192,7 +193,7 @@ class _Strided(torch.autograd.Function):
             dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
             for start, stop, first, last in parts:
                 rows = slice(n - stop, n - start)
-                mask = hankel(table, shape, n, stop, first, last)[:, :, : stop - start]
+                mask = hankel(table, shape, n, (start, stop), (first, last))
                 a, b, c = flash.call_backward(
                     grad[:, :, rows],
                     query[:, :, rows],

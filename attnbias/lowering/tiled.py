@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnbias.bias import Bias
+from attnbias.bias import Bias, Sum, Window
+from attnbias.bias.masks import hide_outside
 from attnbias.lowering import flash, plain
 from attnbias.lowering.problem import Lowering, Offer, Problem
 from attnbias.lowering.strided import _equal_sizes
@@ -46,10 +47,11 @@ class Tiled(Lowering):
         return out[..., :wide], lse
 
 
+_Band = tuple[int | None, int | None]
+
+
 class _Tile:
-    """One tile: slices of batch, heads, key heads, rows and keys, and the part of the bias in
-    it.
-    """
+    """One tile: slices of batch, heads, key heads, rows and keys."""
 
     def __init__(self, batch: slice, heads: slice, groups: slice, rows: slice, cols: slice) -> None:
         self.batch, self.heads, self.groups, self.rows, self.cols = batch, heads, groups, rows, cols
@@ -60,9 +62,34 @@ class _Tile:
     def keys(self, tensor: Tensor) -> Tensor:
         return tensor[self.batch, self.groups, self.cols]
 
-    def mask(self, bias: Bias, like: Tensor) -> Tensor:
-        tile = bias[self.batch, self.heads, self.rows, self.cols].dense()
-        return tile.to(like.device)
+    def dense(self, bias: Bias, like: Tensor) -> Tensor:
+        return bias[self.batch, self.heads, self.rows, self.cols].dense().to(like.device)
+
+    def band(self, band: _Band) -> _Band:
+        """The band counted from the first row and key of the tile; None where it hides nothing."""
+        step = self.rows.start - self.cols.start
+        low = None if band[0] is None else band[0] + step
+        high = None if band[1] is None else band[1] + step
+        if low is not None and low <= 1 - (self.rows.stop - self.rows.start):
+            low = None
+        if high is not None and high >= self.cols.stop - self.cols.start - 1:
+            high = None
+        return low, high
+
+
+def split(bias: Bias) -> tuple[Bias | None, _Band]:
+    """The windows of a bias as one band, and the rest: a band is filled in, not built and added."""
+    band: _Band = (None, None)
+    rest: list[Bias] = []
+    for term in bias.terms():
+        if isinstance(term, Window):
+            (low, high), (low2, high2) = band, term.band()
+            low = low2 if low is None else low if low2 is None else max(low, low2)
+            high = high2 if high is None else high if high2 is None else min(high, high2)
+            band = (low, high)
+        else:
+            rest.append(term)
+    return (Sum(rest) if rest else None), band
 
 
 def tiles(bias: Bias, query: Tensor, key: Tensor) -> Iterator[_Tile]:
@@ -109,8 +136,9 @@ class _Tiled(torch.autograd.Function):
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         kind = plain.working(query.dtype)
         lse = torch.full(query.shape[:3], -torch.inf, dtype=kind, device=query.device)
+        rest, band = split(bias)
         for tile in tiles(bias, query, key):
-            mask = _mask(tile, bias, query)
+            mask = _mask(tile, rest, band, query)
             o, raw = flash.call(
                 tile.queries(query), tile.keys(key), tile.keys(value), mask, False, scale
             )
@@ -138,17 +166,34 @@ class _Tiled(torch.autograd.Function):
         ) * len(wanted)
 
 
-def _mask(tile: _Tile, bias: Bias, query: Tensor) -> Tensor:
-    """The tile of the bias in the dtype and shape that the operator reads."""
+def _mask(tile: _Tile, rest: Bias | None, band: _Band, query: Tensor) -> Tensor | None:
+    """The tile of the bias in the dtype and shape that the operator reads; None hides nothing."""
     part = tile.queries(query)
-    mask = tile.mask(bias, query)
-    if mask.dtype != torch.float32 and query.dtype != torch.float64:
-        mask = mask.float()
     shape = (part.shape[0], part.shape[1], part.shape[2], tile.cols.stop - tile.cols.start)
-    # Entries that broadcast over keys would be read with stride 0, which the operator does not do.
+    low, high = tile.band(band)
+    edges = low is not None or high is not None
+    if rest is None:
+        if not edges:
+            return None
+        mask = torch.zeros(1, 1, *shape[2:], device=query.device)
+    else:
+        mask = tile.dense(rest, query)
+    if edges:
+        mask = _hide(mask, low, high, shape)
+    # The operator does not read entries that broadcast over keys (stride 0).
     if mask.shape[-1] != shape[-1] or mask.stride(-1) != 1:
         mask = mask.expand(*mask.shape[:-1], shape[-1]).contiguous()
-    return mask.expand(shape)
+    return mask.to(plain.working(query.dtype)).expand(shape)
+
+
+def _hide(mask: Tensor, low: int | None, high: int | None, shape: tuple[int, ...]) -> Tensor:
+    # A copy: the tile may be a view of a stored parameter, or one row for all queries.
+    own = (
+        mask.detach()
+        .expand(*mask.shape[:2], *shape[2:])
+        .clone(memory_format=torch.contiguous_format)
+    )
+    return hide_outside(own, low, high)
 
 
 def _backward(
@@ -168,6 +213,7 @@ def _backward(
     kind = plain.working(query.dtype)
     dq = torch.zeros_like(query)
     dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
+    rest, band = split(ctx.bias)
     for tile in tiles(ctx.bias, query, key):
         a, b, c = flash.call_backward(
             tile.queries(grad),
@@ -176,7 +222,7 @@ def _backward(
             tile.keys(value),
             tile.queries(out),
             tile.queries(lse),
-            _mask(tile, ctx.bias, query),
+            _mask(tile, rest, band, query),
             False,
             ctx.scale,
         )
@@ -206,15 +252,21 @@ def _backward_with_bias(
     dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
     leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in parameters]
     total = [torch.zeros_like(p) for p in leaves]
-    live = ctx.bias.with_parameters(leaves)
+    with torch.enable_grad():  # a structure may reshape what it stores
+        rest, band = split(ctx.bias.with_parameters(leaves))
+    assert rest is not None  # only the rest has parameters
     for tile in tiles(ctx.bias, query, key):
         with torch.enable_grad():
-            mask = tile.mask(live, query)
+            mask = tile.dense(rest, query)
+        low, high = tile.band(band)
+        edges = low is not None or high is not None
+        shape = (0, 0, tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start)
+        seen = _hide(mask, low, high, shape) if edges else mask.detach()
         a, b, c, score = plain.backward(
             tile.queries(query),
             tile.keys(key),
             tile.keys(value),
-            mask.detach(),
+            seen,
             ctx.scale,
             tile.queries(lse),
             tile.queries(delta),
