@@ -102,7 +102,7 @@ def tell(data: ReportData, targets: dict[str, Path]) -> None:
     summary = summarise(clean(data))
     console.print(Text(summary.verdict, style="bold"))
     for one in summary.findings:
-        lines = [one.statement, one.strongest, one.controls, one.reading, one.threshold]
+        lines = [one.statement, one.strongest, *one.controls, one.reading, one.threshold]
         mark = Text("* " if one.strong else "- ")
         grid = Table.grid()
         grid.add_row(mark, Text("\n".join(line for line in lines if line)))
@@ -128,7 +128,13 @@ def command(args: argparse.Namespace) -> str:
 
 def _title(model: str) -> str:
     path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+    if not path.is_dir():
+        return model
+    parts = path.resolve().parts
+    # A folder's last name says little when it is "model".
+    return "/".join(
+        parts[-2:] if parts[-1].lower() in ("model", "hf", "checkpoint") else parts[-1:]
+    )
 
 
 def _where(model: Any) -> str:

@@ -28,18 +28,24 @@ def number(value: float, unit: str) -> str:
         return "not measured"
     if unit.startswith("share"):
         return f"{value:.1%}"
+    if unit == "yes or no":
+        return "yes" if value == 1 else "no" if value == 0 else f"{value:.0%} yes"
     return f"{value:.3g} {unit}"
 
 
-def _short(value: float, unit: str) -> str:
+def _short(value: float, unit: str, high: float) -> str:
     """The value in the two or three characters that fit a cell; shares in percent."""
     if unit.startswith("share"):
-        return f"{100 * value:.0f}"
+        return f"{100 * value:.1f}" if high < 0.0995 else f"{100 * value:.0f}"
+    if unit == "yes or no":
+        return f"{value:.2g}"
     return f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
 
 
 def top(one: Map) -> float:
     """Upper end of the colour scale: the largest value of the three panels, never 0."""
+    if one.unit == "yes or no":
+        return 1.0
     values = [x for cell in one.cells() for x in cell[2:5] if not math.isnan(x)]
     return max([*values, 1e-9])
 
@@ -60,7 +66,7 @@ def _rows(one: Map, panel: str) -> list[dict[str, Any]]:
             "head": cell.head,
             "value": value,
             "says": f"Layer {cell.layer}, head {cell.head}: {number(value, one.unit)}",
-            "short": _short(value, one.unit),
+            "short": _short(value, one.unit, top(one)),
         }
         for cell, value in cells
         if not math.isnan(value)
@@ -78,7 +84,7 @@ def heat(one: Map, panel: str, title: str) -> alt.LayerChart:
     share = one.unit.startswith("share")
     legend = alt.Legend(
         title=one.unit, orient="bottom", gradientLength=min(220, heads * cell),
-        format=".0%" if share else "~g", tickCount=4, titleLimit=300,
+        format=(".1%" if high < 0.0995 else ".0%") if share else "~g", tickCount=4, titleLimit=300,
     )  # fmt: skip
     colour = alt.Color(
         "value:Q", scale=alt.Scale(scheme="viridis", domain=[0, high]), legend=legend
@@ -177,6 +183,8 @@ def figure(data: ReportData) -> dict[str, Any]:
     one = headline(data)
     row = alt.hconcat(*[heat(one, panel, title) for panel, title in PANELS])
     row = row.properties(title=alt.Title(f"{one.title}: {data.model}", fontSize=15))
-    both = alt.vconcat(row, ranked(data, 640), spacing=28)
+    both = alt.vconcat(row, ranked(data, 860), spacing=28)
     both = both.resolve_scale(color="independent", shape="independent")
-    return dict(both.configure(background="white", padding=16).to_dict())
+    return dict(
+        both.configure(background="white", padding=16).configure_title(anchor="start").to_dict()
+    )

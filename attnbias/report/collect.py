@@ -46,9 +46,9 @@ KINDS = (
     _Kind(RECEIVED, "received", "Attention to the most attended token", "share of attention",
           "The part of its attention that a head gives to the one token that receives most from "
           "it, whichever that is.", lambda e: float(e.received.max()) / e.queries),
-    _Kind("sink_rate", "sink_rate", "Sink heads", "1 = sink head, 0 = not",
+    _Kind("sink_rate", "sink_rate", "Sink heads", "yes or no",
           "Whether the tokens that can see the first token give it more than 30% of their "
-          "attention on average.", lambda e: 0.0),
+          "attention on average (1: yes, 0: no).", lambda e: 0.0),
     _Kind("entropy", "entropy", "Entropy", "nats",
           "How widely a head spreads its attention: 0 is all on one token, higher is wider.",
           lambda e: e.entropy),

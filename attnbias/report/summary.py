@@ -31,10 +31,11 @@ class Finding:
     """One statement: what was found, its number, what the controls show, and how to read it."""
 
     key: str
+    name: str
     strong: bool
     statement: str
     strongest: str
-    controls: str
+    controls: tuple[str, str]
     reading: str
     threshold: str
 
@@ -80,7 +81,11 @@ def percent(value: float) -> str:
 
 def times(value: float) -> str:
     """2.345 as "2.3 times"."""
-    return "not measured" if math.isnan(value) else f"{value:.2g} times"
+    if math.isnan(value):
+        return "not measured"
+    return (
+        f"{value:.0f} times" if value >= 9.95 or value == RECEIVED_TIMES else f"{value:.1f} times"
+    )
 
 
 def _of_even(value: float, even: float) -> str:
@@ -151,11 +156,13 @@ def summarise(data: ReportData) -> Summary:
     findings.append(_word_finding(data))
     findings.sort(key=lambda one: not one.strong)
     strong = [one for one in findings if one.strong]
+    listed = ", ".join(one.name for one in strong)
     verdict = (
-        f"{len(strong)} of {len(findings)} things looked at stand{'s' if len(strong) == 1 else ''} "
-        "out from even attention and from a model with random weights."
+        f"{len(strong)} of the {len(findings)} kinds of bias looked for "
+        f"stand{'s' if len(strong) == 1 else ''} out: {listed}."
         if strong
-        else f"{NONE_FOUND} Nothing passed its threshold beyond what random weights show."
+        else f"{NONE_FOUND} Of the {len(findings)} kinds looked for, none passed its threshold "
+        "beyond what random weights show."
     )
     return Summary(verdict, tuple(findings))
 
@@ -187,13 +194,15 @@ def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
     where = f"layer {best.layer}, head {best.head}, " if best else ""
     return Finding(
         key=rule.key,
+        name=rule.name,
         strong=found > 0 and 2 * random < found,
         statement=statement,
         strongest=f"The {word}: {where}{value}.",
         controls=(
-            f"Same text, words shuffled: {shuffled} of {total} heads, {word} "
-            f"{_end(rule, cells, 'shuffled')[1]}. Same architecture, random weights: {random} of "
-            f"{total} heads, {word} {_end(rule, cells, 'random')[1]}."
+            f"Same text, words shuffled: {shuffled} of {total} heads; {word} "
+            f"{_end(rule, cells, 'shuffled')[1]}.",
+            f"Same architecture, random weights: {random} of {total} heads; {word} "
+            f"{_end(rule, cells, 'random')[1]}.",
         ),
         reading=_reading(found, shuffled, random),
         threshold=f"Threshold: {rule.threshold}.",
@@ -238,6 +247,7 @@ def _word_finding(data: ReportData) -> Finding:
         )
     return Finding(
         key="received",
+        name="attention to single words",
         strong=found > 0 and 2 * random < found,
         statement=statement,
         strongest=f"The most: {listed} the even share.",
@@ -249,9 +259,10 @@ def _word_finding(data: ReportData) -> Finding:
     )
 
 
-def _word_controls(top: Word, total: int, shuffled: int, random: int) -> str:
+def _word_controls(top: Word, total: int, shuffled: int, random: int) -> tuple[str, str]:
     return (
-        f"Same text, words shuffled: {shuffled} of {total} words, “{top.text}” "
-        f"{times(top.shuffled)}. Same architecture, random weights: {random} of {total} words, "
-        f"“{top.text}” {times(top.random)}."
+        f"Same text, words shuffled: {shuffled} of {total} words; “{top.text}” "
+        f"{times(top.shuffled)}.",
+        f"Same architecture, random weights: {random} of {total} words; “{top.text}” "
+        f"{times(top.random)}.",
     )

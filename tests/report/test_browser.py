@@ -1,0 +1,209 @@
+"""The page in a real Chromium: charts drawn, values on hover and focus, no request, no attack."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnbias.report.page import render
+from tests.report.hostile import hostile_data
+from tests.report.made import sink_data
+
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory) -> Iterator[Any]:
+    """A Chromium with a fresh profile, as a function that opens a page of the given width."""
+    found = shutil.which("chromium")
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail("no chromium on the path, and CI is set: the page must be looked at there")
+        pytest.skip("no chromium on the path (Debian: apt-get install chromium)")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip("no chromium driver: the package playwright is not installed (extra dev)")
+    with sync_playwright() as driver:
+        context = driver.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("profile")), executable_path=found, args=list(FLAGS),
+            headless=True,
+        )  # fmt: skip
+        yield context
+        context.close()
+
+
+class Opened:
+    """A page that has drawn its charts, with everything it logged, asked for or threw."""
+
+    def __init__(self, context: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
+        self.page = context.new_page()
+        self.page.set_viewport_size({"width": width, "height": 900})
+        self.page.emulate_media(color_scheme=scheme)
+        self.logged: list[str] = []
+        self.asked: list[str] = []
+        self.page.on("console", lambda message: self.logged.append(message.text))
+        self.page.on("pageerror", lambda error: self.logged.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.logged.append("dialog"))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-drawn]", timeout=30_000)
+
+    def text(self, where: str) -> str:
+        return str(self.page.inner_text(where))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where screenshots stay: ATTNBIAS_SCREENSHOTS, or a temporary folder."""
+    kept = os.environ.get("ATTNBIAS_SCREENSHOTS")
+    path = Path(kept) if kept else tmp_path_factory.mktemp("pages")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "plain.html").write_bytes(render(sink_data()))
+    (path / "hostile.html").write_bytes(render(hostile_data()))
+    return path.resolve()
+
+
+@pytest.fixture
+def plain(chromium, folder) -> Iterator[Opened]:
+    opened = Opened(chromium, folder / "plain.html")
+    yield opened
+    opened.page.close()
+
+
+def test_all_charts_are_drawn_and_nothing_is_asked_for(plain, folder):
+    charts = 3 * len(sink_data().maps) + 1
+    assert plain.page.get_attribute("html", "data-drawn") == str(charts)
+    assert plain.page.locator(".chart svg").count() == charts
+    cells = plain.page.locator("[data-chart='map0-values'] [aria-roledescription='rect mark']")
+    assert cells.count() == 72
+    assert plain.logged == []
+    assert plain.asked == [(folder / "plain.html").as_uri()]
+    picture = folder / "plain.png"
+    plain.page.screenshot(path=str(picture), full_page=True)
+    assert picture.stat().st_size > 50_000
+
+
+def test_values_on_hover(plain):
+    says = "Layer 1, head 3: 66.0%"
+    cell = plain.page.locator(f"[data-chart='map0-values'] [aria-label='{says}']")
+    cell.hover()
+    assert plain.text("#map0-readout") == f"This text. {says}"
+    plain.page.wait_for_selector("#vg-tooltip-element.visible", timeout=5000)
+    assert says in plain.text("#vg-tooltip-element")
+    plain.page.locator("#words .word").nth(0).hover()
+    told = plain.text("#word-readout")
+    assert told.startswith("“[CLS]” (word 1): 6.2× its even share")
+    assert "words shuffled 6.0×, random weights 1.0×" in told
+
+
+def test_values_by_keyboard_alone(plain):
+    plain.page.locator("#numbers").focus()
+    plain.page.keyboard.press("Tab")
+    assert "“[CLS]” (word 1): 6.2×" in plain.text("#word-readout")
+    plain.page.keyboard.press("ArrowRight")
+    assert "“It” (word 2): 1.0×" in plain.text("#word-readout")
+    plain.page.keyboard.press("End")
+    assert "“[SEP]”" in plain.text("#word-readout")
+    for _ in range(2):  # over the ranked words into the first map
+        plain.page.keyboard.press("Tab")
+    plain.page.keyboard.press("Home")
+    plain.page.keyboard.press("ArrowDown")
+    for _ in range(3):
+        plain.page.keyboard.press("ArrowRight")
+    assert plain.text("#map0-readout") == "This text. Layer 1, head 3: 66.0%"
+    stops = plain.page.locator("[tabindex='0']:visible").count()
+    assert stops < 3 * len(sink_data().maps) + 5  # one for each group, not one for each value
+
+
+def test_layer_choice_and_numbers(plain):
+    word = plain.page.locator("#words .word").nth(0)
+    assert "l4" in word.get_attribute("class").split()
+    plain.page.select_option("#layer", label="layer 2")
+    assert "l5" in word.get_attribute("class").split()
+    assert not word.locator("sub").is_visible()
+    plain.page.check("#numbers")
+    assert word.locator("sub").inner_text() == "9.0×"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fits_a_narrow_screen_and_is_readable_in_both_schemes(chromium, folder, scheme):
+    opened = Opened(chromium, folder / "plain.html", width=390, scheme=scheme)
+    page = opened.page
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=str(folder / f"narrow-{scheme}.png"), full_page=True)
+    for where in ("p.standing", ".soft", ".findings small", ".tag", "#words .word", "h1", "dd"):
+        assert page.evaluate(CONTRAST, where) >= 4.5, where
+    labels = page.evaluate(CONTRAST, ".chart svg .role-axis-label text")
+    assert labels >= 4.5
+    page.close()
+
+
+def test_prints_every_word_on_paper(plain):
+    plain.page.emulate_media(media="print")
+    assert not plain.page.locator("#layer").is_visible()
+    assert plain.page.locator("#words .word").nth(3).is_visible()
+    assert len(plain.page.pdf()) > 20_000
+
+
+def test_hostile_text_does_nothing(chromium, folder):
+    opened = Opened(chromium, folder / "hostile.html")
+    page = opened.page
+    for word in page.locator("#words .word").all():
+        word.hover()
+        word.focus()
+    page.select_option("#layer", index=2)
+    for cell in page.locator("[data-chart='ranked'] [aria-roledescription='point']").all()[:6]:
+        cell.focus()
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.stolen") is None
+    assert opened.logged == []
+    assert opened.asked == [(folder / "hostile.html").as_uri()]
+    assert page.locator("img, iframe, object, embed").count() == 0
+    assert "<script>window.stolen=1</script>" in opened.text("#words")
+    page.screenshot(path=str(folder / "hostile.png"), full_page=True)
+    page.close()
+
+
+def test_the_policy_stops_a_script_that_got_in(chromium, folder):
+    """The second wall: were the escaping to fail, the page's content policy still holds."""
+    page = (folder / "plain.html").read_text("utf-8")
+    broken = page.replace(
+        "<h1>", "<script>window.stolen=1</script><img src=x onerror=stolen=1><h1>"
+    )
+    (folder / "broken.html").write_text(broken, "utf-8")
+    opened = Opened(chromium, folder / "broken.html")
+    assert opened.page.evaluate("window.stolen") is None
+    assert any("Content Security Policy" in line for line in opened.logged)
+    opened.page.close()
+
+
+# Smallest contrast ratio (WCAG 2) of the elements of a selector against what lies behind them.
+CONTRAST = """where => {
+  const numbers = (c) => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const light = (c) => { const [r, g, b] = c.map((x) => { x /= 255;
+    return x <= 0.03928 ? x / 12.92 : Math.pow((x + 0.055) / 1.055, 2.4); });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (e) => { const stack = [];
+    for (; e; e = e.parentElement) { const c = numbers(getComputedStyle(e).backgroundColor);
+      stack.push(c); if (c.length < 4 || c[3] === 1) break; }
+    let under = [255, 255, 255];
+    for (const c of stack.reverse()) { const a = c.length < 4 ? 1 : c[3];
+      under = under.map((x, i) => a * c[i] + (1 - a) * x); }
+    return under; };
+  return Math.min(...[...document.querySelectorAll(where)].map((e) => {
+    const style = getComputedStyle(e), svg = e instanceof SVGElement;
+    const a = light(numbers(svg ? style.fill : style.color).slice(0, 3)), b = light(behind(e));
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); }));
+}"""
