@@ -20,13 +20,12 @@ from attnbias.observe.statistic import Statistic, measure
 if TYPE_CHECKING:
     from attnbias.hub import Call, Site
 
-FEW = 16  # below this many queries the map is small: one tile costs less than several fused calls
-
 
 class Observer:
     """Sees each attention call of a model and adds up the statistics. A participant of the hub."""
 
     role = "see"
+    few = 16  # below this many queries the map is small: a tile costs less than several fused calls
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class Observer:
             if scene.batch == 0 or scene.queries == 0 or scene.keys == 0:
                 return
             run = self._run(call, scene)
-            fused = self.fused and scene.queries >= FEW
+            fused = self.fused and scene.queries >= self.few
             run.add(scene, measure(scene, self.statistics, fused=fused))
 
     def _run(self, call: Call, scene: Scene) -> Run:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
+from attnbias import plugins
 from attnbias.errors import AttnbiasError
 from attnbias.observe.statistic import Statistic
 
@@ -18,46 +17,31 @@ def builtin() -> dict[str, type[Statistic]]:
     return {kind.name: kind for kind in kinds}
 
 
-def _added() -> dict[str, metadata.EntryPoint]:
-    own = builtin()
-    return {p.name: p for p in metadata.entry_points(group=GROUP) if p.name not in own}
-
-
 def available() -> list[str]:
     """All names, ours first. Nothing of another package is imported."""
-    return [*builtin(), *sorted(_added())]
+    own = builtin()
+    return [*own, *(name for name in plugins.names(GROUP) if name not in own)]
 
 
 def by_name(name: str) -> type[Statistic]:
-    """The class of a statistic.
+    """The class of a statistic, by its name (``"first_token"``) or its class ("FirstToken").
 
-    Other packages add one with an entry point of the group ``attnbias.statistics`` whose name is
-    the name of the statistic; it is imported when it is asked for. A name of ours cannot be taken.
+    Other packages add one with an entry point of the group ``attnbias.statistics``; it is imported
+    when its name is asked for. The names of ours cannot be taken.
     """
     own = builtin()
-    if name in own:
-        return own[name]
-    point = _added().get(name)
-    if point is None:
+    for kind in own.values():
+        if name in (kind.name, kind.__name__):
+            return kind
+    added = plugins.load(GROUP, name, Statistic)
+    if added is None:
         raise AttnbiasError(f"no statistic is called {name!r}; there are {', '.join(available())}.")
-    try:
-        kind = point.load()
-    except Exception as error:  # whatever another package raises at import
+    if not isinstance(getattr(added, "name", None), str) or added.name in own:
         raise AttnbiasError(
-            f"the statistic {name!r} ({point.value}) cannot be loaded: "
-            f"{type(error).__name__}: {error}."
-        ) from error
-    if not (isinstance(kind, type) and issubclass(kind, Statistic)):
-        raise AttnbiasError(
-            f"the statistic {name!r} ({point.value}) must be a subclass of "
-            f"attnbias.statistics.Statistic, got {kind!r}."
+            f"the statistic {name!r} ({added.__module__}.{added.__qualname__}) must set `name` to "
+            f"a word other than {', '.join(own)}."
         )
-    if kind.name != name:
-        raise AttnbiasError(
-            f"the entry point {name!r} ({point.value}) must carry the statistic's own name, "
-            f"{kind.name!r}."
-        )
-    return kind
+    return added
 
 
 def resolve(wanted: object) -> list[Statistic]:

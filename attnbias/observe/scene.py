@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from attnbias.attention import attention
-from attnbias.bias import Bias, Dense, KeyBias, Padding, Segments, Window
+from attnbias.bias import Bias, KeyBias, Window
 from attnbias.errors import AttnbiasError
+from attnbias.observe.exchange import exchanged
+from attnbias.observe.features import Features
 
 if TYPE_CHECKING:
     from attnbias.hub import Call
 
 HIDDEN = -1e30  # not -inf: the fused operator reports a log-sum-exp of 0 for a row of -inf
-BLOCK = 1024  # queries per call where a feature has to be centred on its queries
+PRECISION = 1e-5  # of an entropy in nats
+ROUNDING = 1.0
 
 Span = tuple[int, "int | None"]
 
@@ -49,12 +52,13 @@ class Scene:
         spans: Mapping[str, Any] | None = None,
     ) -> None:
         self.site = call.site
-        self.query, self.key = call.query.detach().float(), call.key.detach().float()
+        kind = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+        self.query, self.key = call.query.detach().to(kind), call.key.detach().to(kind)
         self.batch, self.heads, self.queries, self.width = self.query.shape
         self.groups, self.keys = self.key.shape[1], self.key.shape[2]
         self.device = self.query.device
         self.scale = float(call.scale)
-        self.sink = None if call.sink is None else call.sink.detach().float()
+        self.sink = None if call.sink is None else call.sink.detach().to(kind)
         self.own = None if call.bias is None else call.bias.detach()
         parts = [b for b in (self.own, None if extra is None else extra.detach()) if b is not None]
         self.bias: Bias | None = sum(parts[1:], parts[0]) if parts else None
@@ -65,7 +69,7 @@ class Scene:
         # The normaliser handed over belongs to the plain scores; edited scores need their own.
         self._lse = None if lse is None or extra is not None else self._sound(lse.detach())
         self._kept: dict[str, Tensor] = {}
-        self._features: dict[str, Tensor] = {}
+        self._features: Features | None = None
 
     def _span(self, name: str, span: Any) -> Tensor:
         rows: Sequence[Any] = span if isinstance(span, list) else [span] * self.batch
@@ -118,14 +122,13 @@ class Scene:
     def lse(self) -> Tensor:
         """(B, H, N): the log-sum-exp of each row, the sink included; -inf where nothing is seen."""
         if self._lse is None:
-            self._lse = self._sound(
-                self._attend(self.query, self.key, self.key, self.bias, True)[1]
-            )
+            self._lse = self._sound(self.attend(self.query, self.key, self.key, self.bias, True)[1])
         return self._lse
 
     def set_lse(self, lse: Tensor) -> None:
-        """Keep a log-sum-exp that a pass over the tiles has found on its way."""
-        self._lse = lse
+        """Keep a log-sum-exp, sink included, that something else has found on its way."""
+        if self._lse is None:
+            self._lse = self._sound(lse)
 
     @property
     def lse_known(self) -> bool:
@@ -147,18 +150,29 @@ class Scene:
         if "inner" not in self._kept:
             centre = self.key.mean(2, keepdim=True)
             centred = self.key - centre
-            mean, lse = self._attend(self.query, centred, centred, self.bias, False)
+            mean, lse = self.attend(self.query, centred, centred, self.bias, False)
             score = self.scale * (self.query * mean).sum(-1)
+            self._kept["reach"] = self.scale * (self.query * mean).abs().sum(-1)
             dot = torch.einsum("bghnd,bgzd->bghn", self._grouped(), centre)
             shown_lse = lse + self.scale * dot.flatten(1, 2)
-            if self._lse is None:
-                self._lse = self._sound(self._with_sink(shown_lse))
+            self.set_lse(self.with_sink(shown_lse))
             row = (lse - score).clamp_min(0)
             if self.sink is not None:
-                gap = self._lse - shown_lse  # 0 or more: the sink's part of the normaliser
+                gap = self.lse - shown_lse  # 0 or more: the sink's part of the normaliser
                 row = torch.exp(-gap) * (gap + row)
             self._kept["inner"] = row
         return self._kept["inner"]
+
+    @property
+    def unsure(self) -> Tensor:
+        """(B, H, N) bool: rows of which the rounding of `inner` may exceed `PRECISION`.
+
+        The entropy is a difference of two numbers of the size of ``s sum_d |q_id| |mean k_d|``; the
+        rounding measured on trained and random models stays under `ROUNDING` times the square root
+        of the head size times that, in units of the last place.
+        """
+        size = self.inner.new_tensor(ROUNDING * self.width**0.5 * torch.finfo(self.query.dtype).eps)
+        return self.counted & (size * (self._kept["reach"] + 1) > PRECISION)
 
     @property
     def columns(self) -> Tensor:
@@ -169,7 +183,7 @@ class Scene:
         """
         if "columns" not in self._kept:
             weight = torch.where(self.counted, -self.lse, HIDDEN)
-            received = self._transposed(self.query, self.key, weight, self.terms("mask"))
+            received = exchanged(self, self.query, self.key, weight, self.terms("mask"))
             for term in self.terms("key"):
                 received = received + term.dense()[:, :, 0]
             self._kept["columns"] = torch.exp(received)
@@ -187,71 +201,15 @@ class Scene:
             weight = torch.where(self.real, 0.0, HIDDEN)[:, None].expand(-1, heads, -1)
             query = self.query.new_zeros(self.batch, heads, self.queries, 8)
             key = self.query.new_zeros(self.batch, heads, self.keys, 8)
-            self._kept["visible"] = self._transposed(query, key, weight, masks).exp().round()
+            self._kept["visible"] = exchanged(self, query, key, weight, masks).exp().round()
         return self._kept["visible"]
 
-    # Features: values whose mean under each row is wanted ----------------------------------------
-
-    def ask(self, name: str, feature: Tensor) -> None:
-        """Want ``sum_j p_ij f_j`` for features (B, M, F); all that is asked for shares one call."""
-        self._features[name] = feature
-
-    def mean(self, name: str) -> Tensor:
-        """(B, H, N, F): the sums of the features asked for under `name`."""
-        if name not in self._kept:
-            self._run_features()
-        return self._kept[name]
-
     @property
-    def lag(self) -> Tensor:
-        r"""(B, H, N): ``sum_j p_ij (i - j)`` in token positions; for causal rows the mean distance.
-
-        Positions are centred on each block of queries: the rounding grows with the distance, not
-        with the position.
-        """
-        return self.mean("lag")
-
-    def ask_lag(self) -> None:
-        """Want `lag`; it shares its calls with the features."""
-        self._features["lag"] = self.key_positions[..., None].float()
-
-    def _run_features(self) -> None:
-        names = [n for n in self._features if n not in self._kept]
-        widths = [self._features[n].shape[-1] for n in names]
-        step = BLOCK if "lag" in names else max(self.queries, 1)
-        pieces = [
-            self._features_of(names, slice(s, min(s + step, self.queries)))
-            for s in range(0, self.queries, step)
-        ]
-        for name, part in zip(names, torch.split(torch.cat(pieces, 2), widths, -1), strict=True):
-            self._kept[name] = part[..., 0] if name == "lag" else part
-
-    def _features_of(self, names: list[str], rows: slice) -> Tensor:
-        low, high = self.span(rows)
-        middle = self.query_positions[:, (rows.start + rows.stop) // 2].clamp_min(0)
-        packed = []
-        for name in names:
-            feature = self._features[name][:, low:high].float()
-            packed.append(feature - middle[:, None, None] if name == "lag" else feature)
-        values = torch.cat(packed, -1)
-        bias = None if self.bias is None else self.bias[..., rows, low:high]
-        query, key = self.query[:, :, rows], self.key[:, :, low:high]
-        sums, normaliser = [], torch.empty(0)
-        for part in torch.split(values, self.width, -1):
-            value = torch.nn.functional.pad(part, (0, self.width - part.shape[-1]))
-            value = value[:, None].expand(-1, self.groups, -1, -1)
-            out, normaliser = self._attend(query, key, value, bias, False)
-            sums.append(out[..., : part.shape[-1]])
-        total = torch.cat(sums, -1)
-        shown = torch.ones_like(normaliser)
-        if self.sink is not None:  # the part of the row that the keys shown hold
-            shown = torch.exp(normaliser - self._with_sink(normaliser))
-            total = total * shown[..., None]
-        if "lag" in names:
-            place = sum(self._features[n].shape[-1] for n in names[: names.index("lag")])
-            own = (self.query_positions[:, rows] - middle[:, None]).float()[:, None]
-            total[..., place] = own * shown - total[..., place]
-        return total
+    def features(self) -> Features:
+        """Means under each row of values that statistics ask for; all of them share one call."""
+        if self._features is None:
+            self._features = Features(self)
+        return self._features
 
     def column(self, keys: Tensor) -> Tensor:
         """(B, H, N): ``p_ij`` of one key slot for each row of the batch, `keys` (B,); slot -1 gives
@@ -282,10 +240,10 @@ class Scene:
             return self.query.new_zeros(self.batch, 1, self.queries)
         rows = []
         for row in range(self.batch):
-            part = bias[_one(bias.batch, row), :, :, :]
+            part = bias[one(bias.batch, row), :, :, :]
             at = int(slot[row])
             entry = part.block(slice(0, self.queries), slice(at, at + 1))[..., 0]
-            rows.append(entry.float().expand(1, -1, self.queries))
+            rows.append(entry.to(self.query).expand(1, -1, self.queries))
         heads = max(r.shape[1] for r in rows)
         return torch.cat([r.expand(1, heads, -1) for r in rows]).to(self.device)
 
@@ -301,12 +259,12 @@ class Scene:
         share = self.heads // self.groups
         return self.query.reshape(self.batch, self.groups, share, self.queries, self.width)
 
-    def _with_sink(self, lse: Tensor) -> Tensor:
+    def with_sink(self, lse: Tensor) -> Tensor:
         return lse if self.sink is None else torch.logaddexp(lse, self.sink[None, :, None].to(lse))
 
     def _sound(self, lse: Tensor) -> Tensor:
         """A row that sees no key must say -inf, also where a sink gives it a finite normaliser."""
-        lse = lse.float()
+        lse = lse.to(self.query)
         return lse if self.sink is None else torch.where(self._blind(), -torch.inf, lse)
 
     def _blind(self) -> Tensor:
@@ -321,7 +279,7 @@ class Scene:
         key = zero.expand(-1, heads, self.keys, -1).contiguous()
         return attention(query, key, key, bias=mask, scale=1.0, return_lse=True)[1] == -torch.inf
 
-    def _attend(
+    def attend(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Bias | None, sink: bool
     ) -> tuple[Tensor, Tensor]:
         logit = self.sink if sink else None
@@ -330,40 +288,6 @@ class Scene:
         )
         return out, lse
 
-    def _transposed(self, query: Tensor, key: Tensor, weight: Tensor, masks: list[Bias]) -> Tensor:
-        """(B, H, M): log sum over queries of exp(score + mask + weight), weight (B, H, N).
-
-        Structured masks are mirrored as well as exchanged, which leaves a causal mask causal.
-        """
-        found = query.new_full((*query.shape[:2], key.shape[2]), -torch.inf)
-        # Keys that no query can reach (unwritten slots of a static cache) are cut off first.
-        low, high = self.span(slice(0, self.queries))
-        if high > low:
-            masks = [t[..., slice(None), low:high] for t in masks]
-            found[..., low:high] = self._exchange(query, key[:, :, low:high], weight, masks)
-        return found
-
-    def _exchange(self, query: Tensor, key: Tensor, weight: Tensor, masks: list[Bias]) -> Tensor:
-        mirror = all(isinstance(t, (Window, Segments, Padding)) for t in masks)
-        parts = [_exchanged(t, mirror) for t in masks if not isinstance(t, Padding)]
-        if mirror:
-            query, key, weight = query.flip(2), key.flip(2), weight.flip(2)
-        share = query.shape[1] // key.shape[1]
-        found = query.new_empty(*query.shape[:2], key.shape[2])
-        for member in range(share):  # one query head of each group at a time: keys are not copied
-            heads = slice(member, None, share)
-            bias: Bias = KeyBias(weight[:, heads].contiguous())
-            for part in parts:
-                bias = bias + (part if part.heads == 1 else _heads(part, heads))
-            part_query = query[:, heads]
-            found[:, heads] = self._attend(key, part_query, part_query, bias, False)[1]
-        if mirror:
-            found = found.flip(2)
-        for term in masks:
-            if isinstance(term, Padding):
-                found = found.masked_fill(~term.keep[:, None].to(found.device), -torch.inf)
-        return found
-
 
 def _kind(term: Bias) -> str:
     if term.is_mask:
@@ -371,30 +295,5 @@ def _kind(term: Bias) -> str:
     return "key" if isinstance(term, KeyBias) else "other"
 
 
-def _one(size: int, index: int) -> slice:
+def one(size: int, index: int) -> slice:
     return slice(0, 1) if size == 1 else slice(index, index + 1)
-
-
-def _heads(bias: Bias, heads: slice) -> Bias:
-    """Every n-th head of a mask that differs by head; slices of a bias have step one."""
-    chosen = [bias[:, h : h + 1, :, :].dense() for h in range(bias.heads)[heads]]
-    return Dense(torch.cat(chosen, 1))
-
-
-def _exchanged(term: Bias, mirror: bool) -> Bias:
-    """A mask with queries and keys exchanged, and with `mirror` both read from the end."""
-    if not mirror:
-        return term.transpose()
-    if isinstance(term, Segments):
-        return Segments(term.key_ids.flip(-1), term.query_ids.flip(-1))
-    assert isinstance(term, Window)
-    assert term.queries is not None
-    assert term.keys is not None
-    return Window(
-        term.before,
-        term.after,
-        queries=term.keys,
-        keys=term.queries,
-        offset=term.queries - term.keys + term.offset,
-        device=term.device,
-    )

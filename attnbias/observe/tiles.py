@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attnbias.bias import Bias
-from attnbias.observe.scene import HIDDEN, Scene, _one
+from attnbias.errors import AttnbiasError
+from attnbias.observe.scene import HIDDEN, Scene, one
 
 ROWS = 256
 ENTRIES = 1 << 19  # scores in one tile at most, beyond 256 queries of one head
@@ -50,15 +51,24 @@ class Tile:
         return real & (block > HIDDEN)
 
 
-def tiles(scene: Scene, *, rows: int = ROWS, cols: int | None = None) -> Iterator[Tile]:
+def tiles(
+    scene: Scene,
+    *,
+    rows: int = ROWS,
+    cols: int | None = None,
+    wanted: Tensor | None = None,
+) -> Iterator[Tile]:
     """Every tile of a call once; keys outside of what the rows can see are left out.
 
     Where the log-sum-exp is not known yet, it is read off the tiles, which then hold whole rows,
     and is kept for the scene. With `cols` the rows are cut too, and the log-sum-exp is computed
-    before.
+    before. With `wanted` (B, H, N) bool, only tiles that hold one of these rows come, and each
+    takes the log-sum-exp from its own scores.
     """
-    known = scene.lse_known or cols is not None
-    found = None if known else torch.full_like(scene.query[..., 0], -torch.inf)
+    if cols is not None and wanted is not None:
+        raise AttnbiasError("tiles(cols) cuts rows, and tiles(wanted) needs them whole; give one.")
+    fresh = wanted is not None or not (scene.lse_known or cols is not None)
+    found = torch.full_like(scene.query[..., 0], -torch.inf) if fresh else None
     share = scene.heads // scene.groups
     for start in range(0, scene.queries, rows):
         part = slice(start, min(start + rows, scene.queries))
@@ -69,6 +79,8 @@ def tiles(scene: Scene, *, rows: int = ROWS, cols: int | None = None) -> Iterato
             for batch, heads in _pieces(
                 scene, (part.stop - part.start) * max(keys.stop - first, 1)
             ):
+                if wanted is not None and not bool(wanted[batch, heads, part].any()):
+                    continue
                 query = scene.query[batch, heads, part]
                 index = torch.arange(heads.start, heads.stop, device=scene.device) // share
                 key = scene.key[batch][:, index, keys]
@@ -83,7 +95,7 @@ def tiles(scene: Scene, *, rows: int = ROWS, cols: int | None = None) -> Iterato
                 if found is not None:
                     found[batch, heads, part] = lse
                 yield _tile(scene, batch, heads, part, keys, scores, lse)
-    if found is not None:
+    if found is not None and wanted is None:
         scene.set_lse(found)
 
 
@@ -132,6 +144,6 @@ def _pieces(scene: Scene, entries: int) -> Iterator[tuple[slice, slice]]:
 
 def _block(bias: Bias, batch: slice, heads: slice, rows: slice, cols: slice) -> Tensor:
     """The entries of a bias for a tile; a dimension of size one is broadcast and stays one."""
-    b = _one(bias.batch, 0) if bias.batch == 1 else batch
-    h = _one(bias.heads, 0) if bias.heads == 1 else heads
-    return bias[b, h, :, :].block(rows, cols).float()
+    b = one(bias.batch, 0) if bias.batch == 1 else batch
+    h = one(bias.heads, 0) if bias.heads == 1 else heads
+    return bias[b, h, :, :].block(rows, cols)

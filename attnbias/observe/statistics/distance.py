@@ -27,6 +27,7 @@ class Distance(Statistic):
     """
 
     name: ClassVar[str] = "distance"
+    gives_lse: ClassVar[bool] = True
 
     def tile(self, tile: Tile) -> Tensor:
         gap = (tile.query_positions[:, :, None] - tile.key_positions[:, None, :]).abs()
@@ -35,8 +36,8 @@ class Distance(Statistic):
     def plan(self, scene: Scene) -> bool:
         if not scene.causal:
             return False
-        scene.ask_lag()
+        scene.features.ask_lag()
         return True
 
     def fused(self, scene: Scene) -> Tensor:
-        return scene.lag.clamp_min(0)
+        return scene.features.lag.clamp_min(0)

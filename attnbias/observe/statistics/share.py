@@ -33,6 +33,7 @@ class Share(Statistic):
     """
 
     name: ClassVar[str] = "share"
+    gives_lse: ClassVar[bool] = True
     names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -67,11 +68,11 @@ class Share(Statistic):
         return tile.probabilities @ groups[:, None]
 
     def plan(self, scene: Scene) -> bool:
-        scene.ask(self.label, self._groups(scene))
+        scene.features.ask(self.label, self._groups(scene))
         return True
 
     def fused(self, scene: Scene) -> Tensor:
-        return scene.mean(self.label)
+        return scene.features.mean(self.label)
 
     def axes(self) -> tuple[str, ...]:
         return ("query", "span")

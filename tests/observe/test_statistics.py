@@ -1,0 +1,117 @@
+"""Each statistic against its dense route, through the inherited case."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import attnbias as ab
+from tests.cases.statistic import StatisticCase
+from tests.observe.calls import DenseMap
+
+s = ab.statistics
+
+
+def present(values: Tensor, real: Tensor) -> Tensor:
+    return values.masked_fill(~real, torch.nan)
+
+
+class TestReceived(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.Received()
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        # A key that is there but that no counted query sees has received nothing.
+        return present(whole.p.nansum(-2), whole.has_key)
+
+
+class TestReceivedOverQueries(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.Received("queries")
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        queries = whole.real.sum(-1, keepdim=True)
+        return present(whole.p.nansum(-2), whole.has_key) / queries
+
+
+class TestReceivedOverVisible(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.Received("visible")
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        counts = whole.visible.sum(-2)
+        return present(whole.p.nansum(-2) / counts, (counts > 0) & whole.has_key)
+
+
+class TestEntropy(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.Entropy()
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        p = whole.p.nan_to_num(0.0)
+        return present(-torch.xlogy(p, p).sum(-1), whole.real)
+
+
+class TestFirstToken(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.FirstToken()
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        return present(whole.p[..., 0], whole.real)
+
+
+class TestSinkRate(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.SinkRate(threshold=0.2)
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        return sink_rate(whole, 0.2, 0)
+
+
+class TestSinkRateOfAnotherToken(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.SinkRate(threshold=0.02, token=5)
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        return sink_rate(whole, 0.02, 5)
+
+
+def sink_rate(whole: DenseMap, threshold: float, token: int) -> Tensor:
+    if token >= whole.p.shape[-1]:
+        return torch.full(whole.p.shape[:2], torch.nan)
+    seen = whole.visible[..., token]
+    share = torch.where(seen, whole.p[..., token].nan_to_num(0.0), 0.0).sum(-1)
+    count = seen.sum(-1)
+    return (share / count > threshold).double().masked_fill(count == 0, torch.nan)
+
+
+class TestDistance(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.Distance()
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        rows, columns = (torch.arange(n) for n in whole.p.shape[-2:])
+        gap = (rows[:, None] - columns[None]).abs()
+        return present((whole.p.nan_to_num(0.0) * gap).sum(-1), whole.real)
+
+
+class TestShare(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.Share()
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        p = whole.p.nan_to_num(0.0)
+        sums = []
+        for span in whole.spans.values():
+            rows = span if isinstance(span, list) else [span] * len(p)
+            parts = [p[b, ..., start:stop].sum(-1) for b, (start, stop) in enumerate(rows)]
+            sums.append(present(torch.stack(parts), whole.real))
+        return torch.stack(sums, -1)
+
+
+class TestShareOfOneSpan(TestShare):
+    def build(self) -> s.Statistic:
+        return s.Share(("middle",))
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        return super().dense(DenseMap(whole.p, whole.visible, {"m": whole.spans["middle"]}))
