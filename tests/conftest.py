@@ -20,7 +20,7 @@ SHARED = ROOT.parent / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    """Threads per test process: ATTNBIAS_TEST_THREADS, or 1 so that parallel workers do not fight."""
+    """ATTNBIAS_TEST_THREADS threads a test process, or 1: parallel workers must not fight."""
     torch.set_num_threads(int(os.environ.get("ATTNBIAS_TEST_THREADS", "1")))
 
 

@@ -89,7 +89,7 @@ def collect(
         AttnbiasError: a text too long or too short, unknown layers. Refused: a model that cannot be
             observed.
     """
-    import attnbias
+    from attnbias import __version__
 
     text_read = read(text, tokenizer, limit(model.config, tokenizer), max_tokens)
     order = shuffled(text_read.words, seed)
@@ -108,7 +108,7 @@ def collect(
         text=text_read.text, tokens=text_read.tokens,
         words=_words(text_read, order, even, (own, mixed, born)),
         layers=tuple((site.tower, site.layer) for site in even),
-        maps=_maps(even, (own, mixed, born)), version=attnbias.__version__,
+        maps=_maps(even, (own, mixed, born)), version=__version__,
         settings=(*settings, ("Controls", f"words shuffled and weights drawn with seed {seed}")),
     )  # fmt: skip
 

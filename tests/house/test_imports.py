@@ -64,7 +64,8 @@ def edges(path: Path, text: str) -> set[str]:
     rooms = set()
     for name in imports(ast.parse(text), package):
         parts = name.split(".")
-        if parts[0] == "attnbias":
+        # The version is a fact about the distribution, not a room.
+        if parts[0] == "attnbias" and name != "attnbias.__version__":
             second = parts[1] if len(parts) > 1 else ""
             is_room = (ROOT / "attnbias" / second).is_dir() or (
                 ROOT / "attnbias" / f"{second}.py"

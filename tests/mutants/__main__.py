@@ -1,4 +1,4 @@
-"""`python -m tests.mutants [--only NAME ...] [--jobs N] [--list]`: plant every kept defect in turn."""
+"""`python -m tests.mutants [--only NAME ...] [--jobs N] [--list]`: plant every kept defect."""
 
 from __future__ import annotations
 
