@@ -27,6 +27,17 @@ def _sentinel(*_: Any) -> Tensor:
     raise _Materialised
 
 
+def _tensors(value: Any) -> Any:
+    """`value` with tensors in place of the requests in it."""
+    if isinstance(value, MaskRequest):
+        return value.tensor()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_tensors(one) for one in value)
+    if isinstance(value, dict):
+        return {name: _tensors(one) for name, one in value.items()}
+    return value
+
+
 class MaskRequest:
     """One call of a mask function, kept instead of carried out.
 
@@ -41,7 +52,6 @@ class MaskRequest:
     """
 
     ndim = 4
-    dtype = torch.bool
 
     def __init__(
         self,
@@ -83,6 +93,11 @@ class MaskRequest:
     def dim(self) -> int:
         return 4
 
+    @property
+    def dtype(self) -> torch.dtype:
+        given: torch.dtype = self.arguments.get("dtype") or torch.float32
+        return given if self.original == "eager" else torch.bool
+
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
@@ -93,14 +108,44 @@ class MaskRequest:
             given = "cpu" if self.padding is None else self.padding.device
         return torch.device(given)
 
-    def __getitem__(self, index: Any) -> Any:
-        """A model that cuts its mask gets a tensor, as if the request had never been."""
+    def tensor(self) -> Tensor:
+        """The mask as a tensor, for a model that computes with it: the request ends here."""
         whole = self.stock("sdpa")
         if whole is None:
             whole = self._call(
                 "sdpa", allow_is_causal_skip=False, allow_is_bidirectional_skip=False
             )
-        return whole[index]
+        if not isinstance(whole, Tensor):
+            raise Refused(f"the model computes with its mask, which is a {type(whole).__name__}.")
+        return whole
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return function(*_tensors(args), **_tensors(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tensor()[index]
+
+    def __invert__(self) -> Tensor:
+        return ~self.tensor()
+
+    def __add__(self, other: Any) -> Any:
+        return self.tensor() + other
+
+    def __mul__(self, other: Any) -> Any:
+        return self.tensor() * other
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.tensor()
+
+    __radd__, __rmul__ = __add__, __mul__
 
     def __repr__(self) -> str:
         return f"MaskRequest{tuple(self.shape)}"
@@ -223,6 +268,11 @@ class MaskRequest:
         if self.padding is None:
             return None
         real = self.padding.to(torch.bool)
+        if real.ndim != 2:
+            raise Refused(
+                "attention_mask must be (batch, length) or (batch, heads, queries, keys), got "
+                f"shape {tuple(real.shape)}."
+            )
         if stop > real.shape[-1]:
             real = torch.nn.functional.pad(real, (0, stop - real.shape[-1]))
         return real[:, :stop]

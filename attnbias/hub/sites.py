@@ -96,8 +96,9 @@ def compares_names(kind: type) -> bool:
     GPT-2's upcast option is the exception that is handled (`stock.stock_attention`).
     """
     for owner in kind.__mro__:
-        if owner.__module__.split(".")[0] == "torch" or owner.__name__ == "PreTrainedModel":
-            continue
+        path = owner.__module__
+        if path.startswith("torch.") or "generation" in path or owner.__name__ == "PreTrainedModel":
+            continue  # generation loops only decide which outputs to ask for
         for value in vars(owner).values():
             function = inspect.unwrap(value) if callable(value) else value
             if not isinstance(function, FunctionType):

@@ -142,10 +142,7 @@ def support(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Suppor
             except Exception as error:
                 if inputs is not None:
                     raise
-                raise AttnbiasError(
-                    f"{name} did not run on the default inputs ({', '.join(given)}): {error}; give "
-                    "inputs=, the keyword arguments of one forward."
-                ) from error
+                _with_image(model, root, given, error)
             calls = dict(session.calls)
     except Refused as refusal:
         return Support(name, reason=str(refusal))
@@ -170,7 +167,20 @@ def _quiet(root: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _small_inputs(root: nn.Module) -> dict[str, Tensor]:
+def _with_image(model: nn.Module, root: nn.Module, given: dict[str, Any], error: Exception) -> None:
+    """Models of text and image want both: one more try before giving up."""
+    try:
+        model(**given, **_small_inputs(root, "pixel_values"))
+    except AttnbiasError:
+        raise
+    except Exception:
+        raise AttnbiasError(
+            f"{type(root).__name__} did not run on the default inputs ({', '.join(given)}): "
+            f"{error}; give inputs=, the keyword arguments of one forward."
+        ) from error
+
+
+def _small_inputs(root: nn.Module, main: str | None = None) -> dict[str, Tensor]:
     """One small forward for the kinds of models that are known."""
     owner: Any = root
     while not hasattr(owner, "config"):
@@ -179,7 +189,7 @@ def _small_inputs(root: nn.Module) -> dict[str, Tensor]:
             return {}
     config = owner.config
     device = next((one.device for one in root.parameters()), torch.device("cpu"))
-    main = str(getattr(owner, "main_input_name", "input_ids"))
+    main = main or str(getattr(owner, "main_input_name", "input_ids"))
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", 224)
