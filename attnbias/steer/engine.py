@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from attnbias.hub import Call
 
 TOLERANCE = 1e-4  # how far returned shares may miss the total of their row
+# Below this a share has lost its digits (float32 ends at 1e-38), and counts as none.
+NO_MASS = {torch.float32: 1e-30, torch.float64: 1e-290}
 _SKIP = True
 
 
@@ -172,7 +174,7 @@ def masses(edit: Edit, heads: Sequence[int], groups: Tensor, count: int) -> Tens
             sink=sink,
         )
     assert isinstance(out, Tensor)
-    return out
+    return torch.where(out < NO_MASS[kind], 0.0, out)
 
 
 def _reallocate(edit: Edit, item: Active) -> None:
@@ -228,8 +230,10 @@ def log_ratio(old: Tensor, new: Tensor, name: str) -> Tensor:
                 f"{name}.reallocate must keep the total of each row, got one that is off by "
                 f"{miss:.2g}."
             )
-    ratio = torch.where(old > 0, new, 1.0) / torch.where(old > 0, old, 1.0)
-    return torch.where(ratio > 0, torch.where(ratio > 0, ratio, 1.0).log(), -torch.inf)
+    # Logarithms first: the ratio itself may overflow. Equal shares give exactly 0.
+    some = torch.where(old > 0, new, 1.0)
+    log_new = torch.where(some > 0, torch.where(some > 0, some, 1.0).log(), -torch.inf)
+    return log_new - torch.where(old > 0, old, 1.0).log()
 
 
 def _check_bias(bias: Any, item: Active, edit: Edit) -> None:

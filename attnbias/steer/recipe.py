@@ -213,18 +213,25 @@ def _rule(item: Any, place: str) -> Rule:
     try:
         rule: Rule = TypeAdapter(kind).validate_json(json.dumps(given))
     except ValidationError as error:
-        raise AttnbiasError(_sentence(error.errors(), given, place)) from None
+        raise AttnbiasError(_sentence(error.errors(), kind, given, place)) from None
     return rule
 
 
-def _sentence(errors: Sequence[Any], given: dict[str, Any], place: str) -> str:
-    """One sentence for the first thing that is wrong. Errors of ours carry their own words."""
+def _sentence(
+    errors: Sequence[Any], kind: type[Rule], given: dict[str, Any], place: str
+) -> str:
+    """One sentence for the first thing that is wrong."""
     first = errors[0]
     parts = [str(part) for part in first["loc"]]
     message = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
     if not parts:
         return f"field {place}: {message}."
     name = parts[0]
+    try:  # where a field may be one of several kinds, the rule's own words say it better
+        kind(**given)
+    except (AttnbiasError, TypeError) as own:
+        if str(own).startswith(f"{name} "):
+            return f"field {place}.{own}"
     got = f", got {given[name]!r}" if name in given else ""
     return f"field {place}.{name}: {message[:1].lower()}{message[1:]}{got}."
 
