@@ -59,9 +59,7 @@ class Observer:
     def _run(self, call: Call, scene: Scene) -> Run:
         """The run that the call belongs to; one that starts its sequences starts a run."""
         runs = self.seen._runs.setdefault(call.site, [])
-        starts = bool((scene.query_positions[:, 0] <= 0).all())
-        if call.site.kind == "self":
-            starts = call.past == 0
+        starts = call.past == 0
         if not runs and not starts:
             raise Refused(
                 f"{call.site}: the first forward seen continues a cache that was filled before "

@@ -33,7 +33,7 @@ class Run:
         for place, (statistic, found) in enumerate(zip(self.statistics, sums, strict=True)):
             if statistic.over == "query":
                 shown = counted if found.ndim == 3 else counted[..., None]
-                values = torch.where(shown, found, torch.nan).float()
+                values = torch.where(shown, found, torch.nan).to(scene.query)
                 self._parts[place].append((scene.query_positions, values))
             else:
                 before = self._totals[place]

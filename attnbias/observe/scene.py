@@ -66,8 +66,10 @@ class Scene:
         self.key_positions = call.key_positions.expand(self.batch, -1)
         self.real = self.query_positions >= 0
         self.spans = {name: self._span(name, span) for name, span in (spans or {}).items()}
-        # The normaliser handed over belongs to the plain scores; edited scores need their own.
-        self._lse = None if lse is None or extra is not None else self._sound(lse.detach())
+        # The normaliser handed over belongs to the plain scores, and in half precision it carries
+        # the fused operator's short exponential (errors of 5e-5): those need one of their own.
+        usable = lse is not None and extra is None and call.query.dtype == kind
+        self._lse = self._sound(lse.detach()) if lse is not None and usable else None
         self._kept: dict[str, Tensor] = {}
         self._features: Features | None = None
 
