@@ -39,7 +39,7 @@ class Watch:
 
 def off(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, relative to the largest value wanted."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    return float(((found - wanted).abs().max() / wanted.abs().max()).detach())
 
 
 def padded(subject: Subject, side: str) -> tuple[dict[str, Tensor], Tensor, list[slice]]:
