@@ -186,10 +186,12 @@ def compute(length: int = 2048, rounds: int = 9) -> None:
         "key bias, causal": lambda: ab.attention(q, k, v, bias=key, causal=True),
         "ALiBi, causal": lambda: ab.attention(q, k, v, bias=alibi, causal=True),
     }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with more, waits for a busy core would be told as the cost of a bias
     times = interleaved(ways, rounds)
-    shown = Table(
-        title=f"{length} tokens, 8 heads of 64, float32, {torch.get_num_threads()} threads"
-    )
+    torch.set_num_threads(threads)
+    title = f"{length} tokens, 8 heads of 64, float32, one thread, median of {rounds} rounds"
+    shown = Table(title=title)
     for name in ("attention", "median", "against plain"):
         shown.add_column(name, justify="left" if name == "attention" else "right")
     for name, seconds in times.items():

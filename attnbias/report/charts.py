@@ -82,10 +82,13 @@ def heat(one: Map, panel: str, title: str) -> alt.LayerChart:
     cell = 26 if numbers else max(6, min(16, 400 // heads))
     high = top(one)
     share = one.unit.startswith("share")
+    form = (".1%" if high < 0.0995 else ".0%") if share else ".3~r"
     legend = alt.Legend(
-        title=one.unit, orient="bottom", gradientLength=min(220, heads * cell),
-        format=(".1%" if high < 0.0995 else ".0%") if share else "~g", tickCount=4, titleLimit=300,
+        title=one.unit, orient="bottom", gradientLength=min(220, heads * cell), format=form,
+        tickCount=4, titleLimit=300,
     )  # fmt: skip
+    if one.unit == "yes or no":
+        legend.values = [0, 1]
     colour = alt.Color(
         "value:Q", scale=alt.Scale(scheme="viridis", domain=[0, high]), legend=legend
     )
@@ -151,7 +154,7 @@ def ranked(data: ReportData, width: int | str, count: int = 15) -> alt.LayerChar
     )  # fmt: skip
     x = alt.X(
         "times:Q", scale=alt.Scale(type="log", nice=False, padding=12),
-        axis=alt.Axis(title="times the even share (log scale)", format="~g",
+        axis=alt.Axis(title="times the even share (log scale)", format=".3~r",
                       tickCount=5),
     )  # fmt: skip
     # One legend for both: the two scales share domain, order and legend, so Vega merges them.

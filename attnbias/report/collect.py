@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from attnbias.errors import AttnbiasError
 from attnbias.report.data import Map, ReportData, Word
 from attnbias.report.even import Even, Watch
 from attnbias.report.text import Read, limit, read, shuffled
@@ -90,17 +89,21 @@ def collect(
             observed.
     """
     from attnbias import __version__
+    from attnbias.hub import sites
+    from attnbias.observe.observer import choose
 
     text_read = read(text, tokenizer, limit(model.config, tokenizer), max_tokens)
     order = shuffled(text_read.words, seed)
     device = next(model.parameters()).device
     ids = torch.tensor([text_read.ids], device=device)
     asked = layers if isinstance(layers, str) else tuple(layers)
-    with _bar(model, progress) as tick:
-        own, even = _run(model, ids, asked, tick("this text"), measure=True)
-        mixed, _ = _run(model, ids[:, list(order)], asked, tick("words shuffled"))
+    found = sites(model)
+    wanted = set(found) if asked == "all" else choose(found, asked)
+    with _bar(len(found), progress) as tick:
+        own, even = _run(model, ids, asked, wanted, tick("this text"), measure=True)
+        mixed, _ = _run(model, ids[:, list(order)], asked, wanted, tick("words shuffled"))
         fresh = _untrained(model, seed)
-        born, _ = _run(fresh, ids, asked, tick("random weights"))
+        born, _ = _run(fresh, ids, asked, wanted, tick("random weights"))
         del fresh
     causal = all(one.causal for one in even.values())
     return ReportData(
@@ -117,15 +120,13 @@ def _run(
     model: nn.Module,
     ids: Tensor,
     layers: Any,
+    wanted: set[Site],
     tick: Callable[[], None],
     measure: bool = False,
 ) -> tuple[Seen, dict[Site, Even]]:
-    from attnbias.hub import attach, sites
+    from attnbias.hub import attach
     from attnbias.observe import observe, statistics
-    from attnbias.observe.observer import choose
 
-    found = sites(model)
-    wanted = set(found) if layers == "all" else choose(found, layers)
     watch = Watch(wanted, tick, measure)
     last = ids.shape[1] - 1
     measured: list[Any] = [
@@ -230,7 +231,7 @@ def _received(seen: Seen, even: dict[Site, Even]) -> Tensor:
 
 
 @contextmanager
-def _bar(model: nn.Module, show: bool) -> Iterator[Callable[[str], Callable[[], None]]]:
+def _bar(calls: int, show: bool) -> Iterator[Callable[[str], Callable[[], None]]]:
     """Yields a function that starts the next of three measurements and returns its tick."""
     if not show:
         yield lambda _: lambda: None
@@ -238,14 +239,9 @@ def _bar(model: nn.Module, show: bool) -> Iterator[Callable[[str], Callable[[], 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from attnbias.hub import sites
-
-    total = len(sites(model))
-    if not total:
-        raise AttnbiasError(f"{type(model).__name__} has no attention that can be observed")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("measuring", total=3 * total)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=3 * calls)
 
         def start(what: str) -> Callable[[], None]:
             bar.update(task, description=f"measuring: {what}")
