@@ -127,8 +127,8 @@ def call_backward(
 def _fitting(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """A mask in the working dtype of the query.
 
-    The operator takes float32 masks with half queries; next to float64 queries it takes them too, but
-    reads a strided one wrongly.
+    The operator takes float32 masks with half queries; next to float64 queries it takes them too,
+    but reads a strided one wrongly.
     """
     kind = plain.working(query.dtype)
     return mask if mask is None or mask.dtype == kind else mask.to(kind)

@@ -27,7 +27,7 @@ class Reference(Lowering):
         if problem.bias is not None:
             score = score + problem.bias.dense().to(score)
         seen = (score > -torch.inf).any(-1)
-        # A row of nothing but -inf has a NaN softmax and a NaN gradient: it is 0 by definition here.
+        # A row of nothing but -inf has a NaN softmax and a NaN gradient: here it is 0.
         safe = torch.where(seen[..., None], score, 0.0)
         lse = torch.where(seen, safe.logsumexp(-1), -torch.inf)
         weight = torch.where(seen[..., None], safe.softmax(-1), 0.0)

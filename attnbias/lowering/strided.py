@@ -21,6 +21,8 @@ from attnbias.lowering.problem import Lowering, Offer, Problem
 
 # Queries of a block where keys can be skipped. Smaller blocks skip more, larger ones call less.
 BLOCK = 256
+# Queries of a block where none can: as large as flipping it stays a small cost in memory.
+ROWS = 2048
 
 
 class Strided(Lowering):
@@ -84,23 +86,21 @@ def strip(problem: Problem) -> Tensor:
         table = table.masked_fill(step < normal.low, -torch.inf)
     if normal.high is not None:
         table = table.masked_fill(step > normal.high, -torch.inf)
-    # The dtype of the operator's mask, while it is still a strip: a conversion of the view is dense.
+    # The dtype of the mask now, while it is a strip: a conversion of the view would be dense.
     return table.to(plain.working(problem.query.dtype)).contiguous()
 
 
 def blocks(
     n: int, m: int, low: int | None, high: int | None
-) -> Iterator[tuple[int, int, int, int]]:
-    """``(first row, last row + 1, first key, last key + 1)`` of every block that sees a key."""
-    if low is None and high is None:
-        yield 0, n, 0, m
-        return
-    for start in range(0, n, BLOCK):
-        stop = min(start + BLOCK, n)
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """``(first row, last row + 1), (first key, last key + 1)`` of every block that sees a key."""
+    size = ROWS if low is None and high is None else BLOCK
+    for start in range(0, n, size):
+        stop = min(start + size, n)
         first = 0 if low is None else min(max(start + low, 0), m)
         last = m if high is None else min(max(stop + high, 0), m)
         if last > first:
-            yield start, stop, first, last
+            yield (start, stop), (first, last)
 
 
 def hankel(
@@ -138,32 +138,28 @@ class _Strided(torch.autograd.Function):
         high: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        n, m = query.shape[2], key.shape[2]
-        flipped = query.flip(2)
-        out = torch.zeros_like(flipped, memory_format=torch.contiguous_format)
+        shape, n, m = (query.shape[0], query.shape[1]), query.shape[2], key.shape[2]
         kind = plain.working(query.dtype)
+        parts = list(blocks(n, m, low, high))
+        whole = len(parts) == 1 and parts[0] == ((0, n), (0, m))
+        out = query if whole else torch.zeros_like(query, memory_format=torch.contiguous_format)
         lse = torch.full(query.shape[:3], -torch.inf, dtype=kind, device=query.device)
-        whole = low is None and high is None
-        for start, stop, first, last in blocks(n, m, low, high):
-            mask = hankel(table, (query.shape[0], query.shape[1]), n, (start, stop), (first, last))
-            part = slice(n - stop, n - start)
+        for (start, stop), (first, last) in parts:
+            mask = hankel(table, shape, n, (start, stop), (first, last))
+            rows, cols = slice(start, stop), slice(first, last)
+            # Only a block is flipped: a copy of all queries would cost as much as the output.
             o, raw = flash.call(
-                flipped[:, :, part],
-                key[:, :, first:last],
-                value[:, :, first:last],
-                mask,
-                False,
-                scale,
+                query[:, :, rows].flip(2), key[:, :, cols], value[:, :, cols], mask, False, scale
             )
             if whole:
-                out = o
+                out = o.flip(2)
             else:
-                out[:, :, part] = o
-            lse[:, :, part] = flash.hide_empty(raw, mask, False)
-        ctx.save_for_backward(flipped, key, value, out, lse, table)
-        ctx.band, ctx.scale = (low, high), scale
+                out[:, :, rows] = o.flip(2)
+            lse[:, :, rows] = flash.hide_empty(raw, mask, False).flip(2)
+        ctx.save_for_backward(query, key, value, out, lse, table)
+        ctx.parts, ctx.scale = parts, scale
         ctx.set_materialize_grads(False)
-        return out.flip(2), lse.flip(2)
+        return out, lse
 
     @staticmethod
     @once_differentiable
@@ -171,43 +167,32 @@ class _Strided(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, table = ctx.saved_tensors
-        size, n, m = query.shape[-1], query.shape[2], key.shape[2]
-        grad = torch.zeros_like(out) if grad is None else grad.flip(2)
-        step = None if grad_lse is None else grad_lse.flip(2)
+        shape, n, size = (query.shape[0], query.shape[1]), query.shape[2], query.shape[-1]
+        grad = torch.zeros_like(out) if grad is None else grad
         grad, query, key, value, out, _ = flash.with_lse_gradient(
-            grad, step, lse, query, key, value, out
+            grad, grad_lse, lse, query, key, value, out
         )
         # The operator wants its own value where a row sees nothing.
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
-        parts = list(blocks(n, m, *ctx.band))
-        shape = (query.shape[0], query.shape[1])
-        if len(parts) == 1 and parts[0] == (0, n, 0, m):
-            mask = hankel(table, shape, n, (0, n), (0, m))
-            dq, dk, dv = flash.call_backward(
-                grad, query, key, value, out, lse, mask, False, ctx.scale
+        dq = torch.zeros_like(query)
+        # Half formats would lose bits in a sum over blocks.
+        kind = plain.working(query.dtype)
+        dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
+        for (start, stop), (first, last) in ctx.parts:
+            rows, cols = slice(start, stop), slice(first, last)
+            a, b, c = flash.call_backward(
+                grad[:, :, rows].flip(2),
+                query[:, :, rows].flip(2),
+                key[:, :, cols],
+                value[:, :, cols],
+                out[:, :, rows].flip(2),
+                lse[:, :, rows].flip(2),
+                hankel(table, shape, n, (start, stop), (first, last)),
+                False,
+                ctx.scale,
             )
-        else:
-            # Half formats would lose bits in a sum over blocks.
-            kind = plain.working(query.dtype)
-            dq = torch.zeros_like(query)
-            dk, dv = (torch.zeros(t.shape, dtype=kind, device=t.device) for t in (key, value))
-            for start, stop, first, last in parts:
-                rows = slice(n - stop, n - start)
-                mask = hankel(table, shape, n, (start, stop), (first, last))
-                a, b, c = flash.call_backward(
-                    grad[:, :, rows],
-                    query[:, :, rows],
-                    key[:, :, first:last],
-                    value[:, :, first:last],
-                    out[:, :, rows],
-                    lse[:, :, rows],
-                    mask,
-                    False,
-                    ctx.scale,
-                )
-                dq[:, :, rows] = a
-                dk[:, :, first:last] += b
-                dv[:, :, first:last] += c
-            dk, dv = dk.to(key.dtype), dv.to(value.dtype)
-        dq = dq[..., :size].flip(2)
-        return dq, dk[..., :size], dv[..., :size], None, None, None, None
+            dq[:, :, rows] = a.flip(2)
+            dk[:, :, cols] += b
+            dv[:, :, cols] += c
+        dk, dv = dk.to(key.dtype), dv.to(value.dtype)
+        return dq[..., :size], dk[..., :size], dv[..., :size], None, None, None, None

@@ -18,7 +18,7 @@ from attnbias.lowering.problem import Lowering, Offer, Problem
 from attnbias.lowering.strided import _equal_sizes
 
 ROWS = 256
-ENTRIES = 2**22  # of one tile of the mask: 16 MB in float32
+ENTRIES = 2**21  # of one tile of the mask: 8 MB in float32
 
 
 class Tiled(Lowering):
