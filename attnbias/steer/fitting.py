@@ -148,6 +148,10 @@ def _check(
             "fit profiles each head number over all layers of the rule: write heads='all' or a "
             "list of head numbers, and layers=... for some layers."
         )
+    if rule.phase == "decode":
+        raise AttnbiasError(
+            "fit scores the forward of a prompt, where phase='decode' never acts: write 'both'."
+        )
     if model.training:
         raise AttnbiasError("fit needs the model in eval mode: write model.eval() first.")
     places = sites(model)
@@ -166,8 +170,7 @@ def _candidates(rule: ZeroTuning, model: nn.Module, example: Example) -> tuple[i
         model(**example.inputs)
     if not count.heads:
         raise AttnbiasError(
-            "ZeroTuning acts at no layer of this model in a forward: check layers, towers and "
-            "phase ('decode' alone cannot be fitted)."
+            "ZeroTuning acts at no layer that the model calls: check layers, towers."
         )
     return tuple(range(min(count.heads)))
 

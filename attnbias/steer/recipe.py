@@ -217,9 +217,7 @@ def _rule(item: Any, place: str) -> Rule:
     return rule
 
 
-def _sentence(
-    errors: Sequence[Any], kind: type[Rule], given: dict[str, Any], place: str
-) -> str:
+def _sentence(errors: Sequence[Any], kind: type[Rule], given: dict[str, Any], place: str) -> str:
     """One sentence for the first thing that is wrong."""
     first = errors[0]
     parts = [str(part) for part in first["loc"]]

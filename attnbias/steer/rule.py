@@ -101,8 +101,8 @@ class Rule(ABC):
             masses: ``(batch, heads, queries, groups)``, the share of each row's attention that each
                 group gets now (float32, float64 in a float64 model). A row sums to 1 less what goes
                 to the model's sink logit, and so must the row that is returned. A group with mass
-                0 (its keys are hidden from that query, or get less than 1e-30) cannot receive. A row that is returned
-                as it came is left alone, bit for bit.
+                0 (its keys are hidden from that query, or get less than 1e-30) cannot receive. A
+                row that is returned as it came is left alone, bit for bit.
         """
         return None
 

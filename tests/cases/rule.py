@@ -1,4 +1,4 @@
-"""What every rule must pass: subclass `RuleCase`, say how to build the rule and its dense rewrite."""
+"""What every rule must pass: subclass `RuleCase`; say how to build the rule and its dense form."""
 
 from __future__ import annotations
 

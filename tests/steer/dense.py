@@ -49,9 +49,17 @@ def numbering(model: nn.Module) -> dict[int, tuple[str, int]]:
         tower = "text"
         if "encoder_attn" in leaf:
             tower = "cross"
-        elif ".decoder." in f".{name}" and hasattr(model, "model") and hasattr(model.model, "encoder"):
+        elif (
+            ".decoder." in f".{name}"
+            and hasattr(model, "model")
+            and hasattr(model.model, "encoder")
+        ):
             tower = "decoder"
-        elif ".encoder." in f".{name}" and hasattr(model, "model") and hasattr(model.model, "encoder"):
+        elif (
+            ".encoder." in f".{name}"
+            and hasattr(model, "model")
+            and hasattr(model.model, "encoder")
+        ):
             tower = "encoder"
         found[id(module)] = (tower, counts.get(tower, 0))
         counts[tower] = counts.get(tower, 0) + 1
@@ -74,8 +82,14 @@ def rewritten(
     numbers = numbering(model)
 
     def forward(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any,
-        scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         group = query.shape[1] // key.shape[1]
         q, k, v = (t.double() for t in (query, key, value))

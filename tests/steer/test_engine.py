@@ -160,7 +160,7 @@ def test_batch_rows_without_the_span_are_plain(mistral: Subject) -> None:
     assert torch.equal(alone[0], edited[0])
 
 
-# Hooks that return nonsense ------------------------------------------------------------------------
+# Hooks that return nonsense ----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -297,9 +297,7 @@ def test_what_steer_refuses(mistral: Subject, request: pytest.FixtureRequest) ->
         (lambda: ab.steer(model, shift, spans={"question": (3, 1)}), r"spans\['question'\]"),
         (lambda: ab.steer(model, shift, spans={"question": 3}), r"spans\['question'\]"),
         (
-            lambda: ab.steer(
-                model, shift, spans={"question": [(0, 1)] * 2, "a": [(0, 1)] * 3}
-            ),
+            lambda: ab.steer(model, shift, spans={"question": [(0, 1)] * 2, "a": [(0, 1)] * 3}),
             "one entry or one per row",
         ),
         (
@@ -348,7 +346,9 @@ def test_placing_and_taking_heads(name: str) -> None:
     wanted = torch.zeros(whole.shape[0], 7, 5, 6)
     wanted[:, [1, 4, 5]] = whole.float()
     assert torch.equal(placed.dense().expand_as(wanted), wanted)
-    assert torch.equal(placed[:, 1:5, 1:4, 2:6].dense().expand(-1, 4, 3, 4), wanted[:, 1:5, 1:4, 2:])
+    assert torch.equal(
+        placed[:, 1:5, 1:4, 2:6].dense().expand(-1, 4, 3, 4), wanted[:, 1:5, 1:4, 2:]
+    )
     assert torch.equal(placed.transpose().dense().expand(-1, 7, 6, 5), wanted.mT)
     taken = take(placed, (4, 0), 7)
     assert torch.equal(taken.dense().expand(-1, 2, 5, 6), wanted[:, [4, 0]])
