@@ -44,7 +44,9 @@ def check(root: nn.Module, found: list[Found]) -> None:
     """Refuse, before anything is touched, a model that would not do what it says."""
     if not found:
         raise Refused(ignores(root))
-    for kind in {type(module) for module in root.modules()}:
+    switched = {id(config) for config in configs(root, found)}
+    kinds = {type(one) for one in root.modules() if id(getattr(one, "config", None)) in switched}
+    for kind in kinds:
         if compares_names(cast(Hashable, kind)):
             raise Refused(
                 f"{kind.__name__} computes differently by the name of its attention "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import re
@@ -71,6 +72,12 @@ def pretrained_class() -> type[nn.Module]:
 
 
 def calling_function(kind: type) -> FunctionType | None:
+    """`_calling_function`, remembered for as long as the class keeps its forward."""
+    return _calling_function(kind, getattr(kind, "forward", None))
+
+
+@functools.lru_cache(maxsize=4096)
+def _calling_function(kind: type, forward: object) -> FunctionType | None:
     """The method of an attention class that looks up the attention registry, None if it has none.
 
     The compiled names are read, not the source text: that works without source files, through
@@ -91,32 +98,35 @@ def calling_function(kind: type) -> FunctionType | None:
 
 @functools.cache
 def compares_names(kind: type) -> bool:
-    """Whether a model class branches on the name of its attention implementation.
+    """Whether a model class branches on the name of its config's attention implementation.
 
-    GPT-2's upcast option is the exception that is handled (`stock.stock_attention`).
+    Two comparisons are harmless: "not eager" on the way to the registry, which older versions of
+    transformers write in every model, and GPT-2's upcast option (`stock.stock_attention`).
     """
     for owner in kind.__mro__:
         path = owner.__module__
         if path.startswith("torch.") or "generation" in path or owner.__name__ == "PreTrainedModel":
             continue  # generation loops only decide which outputs to ask for
-        for value in vars(owner).values():
+        for name, value in vars(owner).items():
             function = inspect.unwrap(value) if callable(value) else value
-            if not isinstance(function, FunctionType):
-                continue
-            code = function.__code__
-            constants = {one for item in code.co_consts for one in _flat(item)}
-            named = "_attn_implementation" in code.co_names and constants & {"sdpa", "eager"}
-            if named and UPCAST not in code.co_names:
+            if name != "__init__" and isinstance(function, FunctionType) and _compares(function):
                 return True
     return False
 
 
-def _flat(constant: object) -> Iterator[object]:
-    if isinstance(constant, (tuple, frozenset)):
-        for item in constant:
-            yield from _flat(item)
-    else:
-        yield constant
+def _compares(function: FunctionType) -> bool:
+    if "_attn_implementation" not in function.__code__.co_names:
+        return False
+    steps = list(dis.get_instructions(function))
+    for before, here, after in zip(steps, steps[1:], steps[2:], strict=False):
+        named = before.argval == "config" and here.argval == "_attn_implementation"
+        if not named or after.opname != "LOAD_CONST":
+            continue
+        names = after.argval if isinstance(after.argval, (tuple, frozenset)) else (after.argval,)
+        lookup = names == ("eager",) and REGISTRY in function.__code__.co_names
+        if not lookup and {"sdpa", "eager"} & set(names):
+            return True
+    return False
 
 
 def eager_function(kind: type) -> Callable[..., Any] | None:
