@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(defect.name for defect in chosen))
         return 0
-    verdicts = check(chosen, ROOT, jobs=args.jobs, say=lambda line: print(line, flush=True))
+    verdicts = check(
+        chosen, ROOT, jobs=args.jobs, say=lambda line: print(line, file=sys.stderr, flush=True)
+    )
     print(table(verdicts))
     return 0 if all(verdict.good for verdict in verdicts) else 1
 

@@ -4,4 +4,163 @@ from __future__ import annotations
 
 from tests.mutants.runner import Defect
 
-DEFECTS: tuple[Defect, ...] = ()
+AGREEMENT = "tests/lowering/test_agreement.py::test_the_problems_reach_every_lowering"
+ATTENTION = "tests/lowering/test_attention.py"
+ALGEBRA = "tests/bias/test_algebra.py"
+STATISTICS = "tests/observe/test_statistics.py"
+KEY_SHIFT = "tests/steer/test_key_shift.py"
+HUB = "tests/hub"
+
+DEFECTS: tuple[Defect, ...] = (
+    # Computing
+    Defect(
+        "padding-ignored",
+        "attnbias/lowering/problem.py",
+        "keys.append(KeyBias(to_mask(term.keep)[:, None]))",
+        "pass",
+        (AGREEMENT,),
+    ),
+    Defect(
+        "padding-of-batch-element-0-only",
+        "attnbias/bias/masks.py",
+        "return to_mask(self.keep)[:, None, None, :]",
+        "return to_mask(self.keep[:1])[:, None, None, :]",
+        (f"{ALGEBRA}::test_dense_is_the_matrix",),
+    ),
+    Defect(
+        "gqa-groups-transposed",
+        "attnbias/lowering/tiled.py",
+        "[(slice(h, h + 1), slice(h // group, h // group + 1)) for h in range(heads)]",
+        "[(slice(h, h + 1), slice(h % key.shape[1], h % key.shape[1] + 1)) for h in range(heads)]",
+        ("tests/forms/test_alibi.py::TestALiBi::test_every_lowering_agrees",),
+    ),
+    Defect(
+        "key-offset-lost-in-a-window",
+        "attnbias/bias/masks.py",
+        "offset=self.offset + rows.start - cols.start,",
+        "offset=self.offset + rows.start,",
+        (f"{ALGEBRA}::test_parts_keep_structure_and_offset",),
+    ),
+    Defect(
+        "first-key-of-a-block-lost",
+        "attnbias/lowering/strided.py",
+        "table.storage_offset() + queries - rows[1] + cols[0],",
+        "table.storage_offset() + queries - rows[1],",
+        (AGREEMENT,),
+    ),
+    Defect(
+        "causal-aligned-to-the-start",
+        "attnbias/bias/masks.py",
+        "self.offset = keys - queries if offset is None else offset",
+        "self.offset = 0 if offset is None else offset",
+        (AGREEMENT,),
+    ),
+    Defect(
+        "sink-dropped",
+        "attnbias/attention.py",
+        "out, lse = _with_sink(out, lse, sink)",
+        "pass",
+        (AGREEMENT,),
+    ),
+    Defect(
+        "sign-of-the-bias",
+        "attnbias/forms/alibi.py",
+        "table = -slopes[:, None] * distance",
+        "table = slopes[:, None] * distance",
+        ("tests/forms/test_alibi.py::TestALiBi::test_dense_is_the_entries",),
+    ),
+    Defect(
+        "empty-row-has-lse-zero",
+        "attnbias/lowering/flash.py",
+        "lse = hide_empty(raw.clone(), mask, causal)",
+        "lse = raw.clone()",
+        ("tests/lowering/test_empty_rows.py",),
+    ),
+    Defect(
+        "gradient-of-lse-lost",
+        "attnbias/lowering/flash.py",
+        "    if grad_lse is None:\n        return grad, query, key, value, out, size",
+        "    if True:\n        return grad, query, key, value, out, size",
+        (AGREEMENT,),
+    ),
+    Defect(
+        "table-kept-in-half-precision",
+        "attnbias/bias/base.py",
+        "return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()",
+        "return tensor",
+        (f"{ALGEBRA}::test_half_precision_parameters_are_kept_in_float32",),
+    ),
+    Defect(
+        "merge-takes-the-plain-mean",
+        "attnbias/attention.py",
+        "weights = torch.where(seen, (safe - total).exp(), 0.0)",
+        "weights = torch.where(seen, 1.0 / len(parts), 0.0).expand_as(lses)",
+        (f"{ATTENTION}::test_merge_joins_disjoint_keys_with_gradients",),
+    ),
+    Defect(
+        "t5-direction-flipped",
+        "attnbias/forms/t5.py",
+        "base = (distance > 0).long() * buckets",
+        "base = (distance < 0).long() * buckets",
+        ("tests/forms/test_t5.py::TestT5Encoder::test_dense_is_the_entries",),
+    ),
+    # Seeing
+    Defect(
+        "received-not-transposed",
+        "attnbias/observe/exchange.py",
+        "        return term.transpose()\n",
+        "        return term\n",
+        (f"{STATISTICS}::TestReceived",),
+    ),
+    Defect(
+        "received-counts-padding-queries",
+        "attnbias/observe/scene.py",
+        "weight = torch.where(self.counted, -self.lse, HIDDEN)",
+        "weight = torch.where(self.lse > -torch.inf, -self.lse, HIDDEN)",
+        (f"{STATISTICS}::TestReceived",),
+    ),
+    Defect(
+        "entropy-forgets-the-sink",
+        "attnbias/observe/scene.py",
+        "row = torch.exp(-gap) * (gap + row)",
+        "row = torch.exp(-gap) * row",
+        (f"{STATISTICS}::TestEntropy",),
+    ),
+    Defect(
+        "first-token-is-slot-zero",
+        "attnbias/observe/scene.py",
+        "return torch.where(here.any(-1), slot, -1)",
+        "return torch.full_like(slot, position)",
+        (f"{STATISTICS}::TestFirstToken",),
+    ),
+    # Shifting
+    Defect(
+        "hook-left-after-an-error",
+        "attnbias/hub/adapter.py",
+        "    finally:\n        with LOCK:\n            for number",
+        "    except ZeroDivisionError:\n        raise\n    else:\n        with LOCK:\n"
+        "            for number",
+        (f"{KEY_SHIFT}::TestKeyShift::test_restores_on_exit_and_on_exception",),
+    ),
+    Defect(
+        "edit-lands-on-other-heads",
+        "attnbias/steer/placing.py",
+        "index[head] = own if bias.heads > 1 else 0",
+        "index[own] = own if bias.heads > 1 else 0",
+        (f"{KEY_SHIFT}::TestKeyShift::test_untouched_heads_are_plain",),
+    ),
+    Defect(
+        "shift-with-the-wrong-sign",
+        "attnbias/steer/rules/key_shift.py",
+        "weight.masked_fill(chosen, self.strength)",
+        "weight.masked_fill(chosen, -self.strength)",
+        (f"{KEY_SHIFT}::TestKeyShift::test_equals_the_dense_rewrite",),
+    ),
+    Defect(
+        "factor-added-without-its-logarithm",
+        "attnbias/steer/rules/zero_tuning.py",
+        "weight.masked_fill(first, math.log(self.factor))",
+        "weight.masked_fill(first, self.factor - 1.0)",
+        ("tests/steer/test_zero_tuning.py::TestZeroTuning::test_equals_the_dense_rewrite",),
+    ),
+)

@@ -146,11 +146,12 @@ def _judge(defect: Defect, copy: Path, timeout: float) -> Verdict:
 
 
 def _pytest(copy: Path, tests: tuple[str, ...], timeout: float) -> tuple[int | None, float, str]:
-    """Exit code (None: ran out of time), seconds, and the last line of output."""
+    """Exit code (None: ran out of time), seconds, and the line of output that tells most."""
     # No bytecode: two versions of a file with one size and one second would share it.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     environment = outer | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    options = ["-q", "-x", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     start = time.perf_counter()
     try:
         done = subprocess.run(
@@ -159,4 +160,5 @@ def _pytest(copy: Path, tests: tuple[str, ...], timeout: float) -> tuple[int | N
     except subprocess.TimeoutExpired:
         return None, time.perf_counter() - start, ""
     lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
-    return done.returncode, time.perf_counter() - start, lines[-1]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode, time.perf_counter() - start, (failed or lines)[-1]

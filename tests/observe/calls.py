@@ -141,7 +141,11 @@ def random_call(
     if "function" in masks:
         terms.append(
             ab.MaskFunction(
-                lambda b, h, q, k: (q + k) % 3 != 0, queries=queries, keys=keys, query_start=offset
+                # Not symmetric: exchanging queries and keys must show.
+                lambda b, h, q, k: (q + 2 * k) % 5 != 0,
+                queries=queries,
+                keys=keys,
+                query_start=offset,
             )
         )
     if "relative" in masks:
