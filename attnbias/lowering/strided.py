@@ -142,7 +142,10 @@ class _Strided(torch.autograd.Function):
         kind = plain.working(query.dtype)
         parts = list(blocks(n, m, low, high))
         whole = len(parts) == 1 and parts[0] == ((0, n), (0, m))
-        out = query if whole else torch.zeros_like(query, memory_format=torch.contiguous_format)
+        # Rows of no block see no key.
+        covered = sum(stop - start for (start, stop), _ in parts) == n
+        make = torch.empty_like if covered else torch.zeros_like
+        out = query if whole else make(query, memory_format=torch.contiguous_format)
         lse = torch.full(query.shape[:3], -torch.inf, dtype=kind, device=query.device)
         for (start, stop), (first, last) in parts:
             mask = hankel(table, shape, n, (start, stop), (first, last))
