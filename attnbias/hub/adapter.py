@@ -28,6 +28,7 @@ from attnbias.hub.registry import (
     unregister,
 )
 from attnbias.hub.sites import Site, find, unwrap
+from attnbias.hub.verify import difference, probed
 
 # Towers whose output cross-attention reads: their own positions are not those of its queries.
 _SOURCES = ("encoder", "vision", "audio")
@@ -78,6 +79,7 @@ class Session:
         self._crosses = any(site.kind == "cross" for site in self.sites)
         self._frames: list[tuple[int, bool]] = []
         self._maps_asked = False
+        self._verified: dict[Site, str] = {}
         self._undo: list[Callable[[], None]] = []
 
     # Entry and exit --------------------------------------------------------------------------
@@ -165,6 +167,13 @@ class Session:
             )
 
     # Calls -----------------------------------------------------------------------------------
+
+    def verified(self, call: Call) -> str:
+        """Why this site is not what its calls say, empty where it is; looked at once per site."""
+        if call.site not in self._verified:
+            self._verified[call.site] = ""  # the check itself reads the call
+            self._verified[call.site] = difference(call, probed(call.query.shape[2]))
+        return self._verified[call.site]
 
     def attend(self, site: Site, call_of: Callable[[int, bool], Call]) -> tuple[Tensor, Any]:
         recomputed = _in_backward() or any(again for _, again in self._frames)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -89,6 +90,13 @@ class Call:
         """The stock output ``(batch, queries, heads, value_dim)``, bit for bit; computed once."""
         return self.outcome()[0]
 
+    def plain_again(self) -> Tensor:
+        """`plain`, but computed anew and forgotten where it is not there yet."""
+        if "plain" in self._cache:
+            return self.plain()
+        tensors = (self.query, self.key, self.value)
+        return self.stock(self.module, *tensors, self.stock_mask(), **self._arguments)[0]
+
     def plain_with_lse(self) -> tuple[Tensor, Tensor | None]:
         """The stock output, and its log-sum-exp ``(batch, heads, queries)`` where that is free.
 
@@ -106,10 +114,22 @@ class Call:
 
     @property
     def scale(self) -> float:
-        """The factor of q.k. Raises `Refused` where scores are more than that and a bias."""
+        """The factor of q.k. Raises `Refused` where scores are more than that and a bias.
+
+        Whoever computes scores reads this, so here the layer's own output is compared, once per
+        context, with what the call describes (`verify.difference`).
+        """
         self._require_scores()
+        reason = self._session.verified(self)
+        if reason:
+            raise Refused(reason)
+        return self.described_scale()
+
+    def described_scale(self) -> float:
+        """`scale` as the model gave it, without the check."""
         scaling = self._arguments.get("scaling")
-        return float(self.query.shape[-1] ** -0.5 if scaling is None else scaling)
+        # As PyTorch's own default, to the last bit: dim ** -0.5 may differ.
+        return float(1.0 / math.sqrt(self.query.shape[-1]) if scaling is None else scaling)
 
     @property
     def sink(self) -> Tensor | None:

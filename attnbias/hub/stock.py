@@ -78,7 +78,9 @@ def shared_flash(call: Call) -> tuple[Tensor, Tensor] | None:
     if found is None:
         return None
     mask, causal, keys = found
-    out, lse = flash.call(query, key[:, :, :keys], value[:, :, :keys], mask, causal, call.scale)
+    out, lse = flash.call(
+        query, key[:, :, :keys], value[:, :, :keys], mask, causal, call.described_scale()
+    )
     lse = flash.hide_empty(lse, mask, causal)
     return out.transpose(1, 2).contiguous(), lse
 

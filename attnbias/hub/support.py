@@ -14,9 +14,7 @@ from attnbias.errors import AttnbiasError, Refused
 from attnbias.hub.adapter import attach
 from attnbias.hub.call import Call
 from attnbias.hub.sites import Site, sites, unwrap
-
-# Stock output against softmax(scale q.k + bias): what rounding explains, relative to the values.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+from attnbias.hub.verify import difference
 
 
 @dataclass(frozen=True)
@@ -84,39 +82,16 @@ class _Probe:
         if self.reasons.get(call.site):
             return
         try:
-            self.reasons[call.site] = _differs(call, output)
+            self.reasons[call.site] = difference(call, range(call.query.shape[2]))
         except Refused as refusal:
             self.reasons[call.site] = str(refusal)
-
-
-def _differs(call: Call, output: Tensor) -> str:
-    """Why the stock output is not the attention that `call` describes; empty if it is."""
-    query, key, value = call.query.double(), call.key.double(), call.value.double()
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = call.scale * query @ key.transpose(-1, -2)
-    if call.bias is not None:
-        scores = scores + call.bias.dense()
-    if call.sink is not None:
-        sink = call.sink.double().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sink], -1)
-    seen = (scores > -torch.inf).any(-1)  # a row without a key is not defined by the model
-    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
-    wanted = (weights @ value).transpose(1, 2)
-    if wanted.shape != output.shape:
-        return f"its output has shape {tuple(output.shape)}, expected {tuple(wanted.shape)}"
-    error = (wanted - output.double()).abs().amax(-1).transpose(1, 2)[seen]
-    largest = float(value.abs().max()) if value.numel() else 0.0
-    if error.numel() and float(error.max()) > _TOLERANCE.get(output.dtype, 1e-3) * (largest + 1e-6):
-        return "its output is not softmax(scale * q.k + bias) times the values (more is computed)"
-    return ""
 
 
 def support(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Support:
     """Run `model` once and report which of its attention layers can be observed and steered.
 
     Each call that reaches us is counted and compared with the attention that its description
-    (`Call.scale`, `Call.bias`, `Call.sink`) gives in float64; a layer that computes more is named.
+    (`Call.scale`, `Call.bias`, `Call.sink`) gives; a layer that computes more is named.
 
     Args:
         model: a transformers model, wrapped or not. It is run in eval mode without gradients and

@@ -6,9 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 from attnbias.hub import attach
-from tests.hub.models import BUILD, DECODERS, EAGER_ONLY, See, build, inputs_of, masks, same
+from tests.hub.models import (
+    BUILD,
+    DECODERS,
+    EAGER_ONLY,
+    GROUPED,
+    IMAGE,
+    SIZES,
+    TOKENS,
+    See,
+    build,
+    inputs_of,
+    masks,
+    same,
+)
 
 FAMILIES = list(BUILD)
 BOTH = [
@@ -169,6 +183,70 @@ def test_four_dimensional_masks(attention: str) -> None:
         assert same(plain, ours)
         bias = see.calls[0]["bias"]
         assert torch.equal(bias.dense().expand(2, 1, 9, 9) > -torch.inf, whole)
+
+
+def test_prompt_look_up() -> None:
+    model: Any = build("llama")
+    tokens = torch.tensor([[3, 4, 5, 6, 3, 4, 5, 6, 3, 4]])
+    options = {"max_new_tokens": 6, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    with torch.no_grad():
+        plain = model.generate(tokens, **options)
+        with attach(model, see := See()):
+            ours = model.generate(tokens, **options)
+    assert torch.equal(plain, ours)
+    assert any(1 < one["sizes"][0] < one["sizes"][1] for one in see.calls)  # candidates checked
+
+
+def test_autocast() -> None:
+    model = build("llama")
+    for keep in (None, masks()["left"]):
+        inputs = {**inputs_of("llama"), "attention_mask": keep}
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            plain = model(**inputs)
+            with attach(model, See(tolerance=5e-2)):
+                ours = model(**inputs)
+        assert same(plain, ours)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_text_and_image(family: str) -> None:
+    torch.manual_seed(0)
+    text = {**GROUPED, **TOKENS}
+    vision = {**{k: v for k, v in SIZES.items() if k != "vocab_size"}, **IMAGE}
+    tokens = torch.randint(10, 60, (2, 22))
+    tokens[:, 2:18] = 5
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    inputs["pixel_values"] = torch.randn(2, 3, 16, 16)
+    if family == "llava":
+        config: Any = hf.LlavaConfig(
+            text_config=hf.LlamaConfig(**text),
+            vision_config=hf.CLIPVisionConfig(**vision),
+            image_token_index=5,
+            vision_feature_select_strategy="default",
+        )
+        model: Any = hf.LlavaForConditionalGeneration(config).eval()
+    else:
+        kinds = ["sliding_attention", "full_attention"]
+        config = hf.Gemma3Config(
+            text_config={**text, "head_dim": 8, "sliding_window": 8, "layer_types": kinds},
+            vision_config=vision,
+            mm_tokens_per_image=16,
+            image_token_index=5,
+            boi_token_index=3,
+            eoi_token_index=4,
+        )
+        model = hf.Gemma3ForConditionalGeneration(config).eval()
+        inputs["token_type_ids"] = (tokens == 5).long()
+    with torch.no_grad():
+        plain, text_out = model(**inputs), _generated(model, **inputs, do_sample=False)
+        with attach(model, see := See()):
+            ours, again = model(**inputs), _generated(model, **inputs, do_sample=False)
+    assert same(plain.logits, ours.logits)
+    assert torch.equal(text_out.sequences, again.sequences)
+    assert {one["site"].tower for one in see.calls} == {"text", "vision"}
+    if family == "gemma3":  # image tokens see each other: a rule that lives in the mask function
+        kinds = [type(term).__name__ for term in see.of(1)[0]["bias"].terms()]
+        assert "MaskFunction" in kinds
 
 
 def test_real_decoder(stories: Any) -> None:

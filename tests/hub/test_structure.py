@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from transformers import (
 from attnbias import Refused
 from attnbias.hub import MaskRequest, attach
 from attnbias.hub.registry import mask_function
-from tests.hub.models import GROUPED, SIZES, See, build, inputs_of, masks
+from tests.hub.models import GROUPED, SIZES, See, build, inputs_of, masks, same
 
 LENGTH = 9
 
@@ -326,3 +328,33 @@ def test_log_sum_exp_is_free_where_it_can_be(attention: str) -> None:
     with attach(model, see := See()):
         model(**inputs_of("bart"))
     assert not any(one["lse"] for one in see.calls)
+
+
+def test_padding_costs_no_square_mask_where_it_is_observed() -> None:
+    made = []
+
+    def counting(**arguments: Any) -> Any:
+        whole = masking_utils.sdpa_mask(**arguments)
+        made.append(whole)
+        return whole
+
+    for name in ("llama", "bert"):
+        model = build(name)
+        with torch.no_grad():
+            with _swapped(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", counting):
+                plain = model(**inputs_of(name), attention_mask=masks()["left"])
+                assert [type(one) for one in made] == [Tensor]
+                made.clear()
+                with attach(model, See()):
+                    ours = model(**inputs_of(name), attention_mask=masks()["left"])
+        assert same(plain, ours)
+        assert not made
+
+
+@contextlib.contextmanager
+def _swapped(registry: Any, name: str, function: Any) -> Iterator[None]:
+    registry._local_mapping[name] = function
+    try:
+        yield
+    finally:
+        del registry._local_mapping[name]

@@ -11,7 +11,7 @@ from torch import nn
 
 from attnbias import AttnbiasError, Refused
 from attnbias.hub import Site, attach, sites, support
-from tests.hub.models import BUILD, SIZES, See, build, inputs_of, state, unchanged
+from tests.hub.models import BUILD, SIZES, Push, See, build, inputs_of, state, unchanged
 
 OWN_ATTENTION: dict[str, Any] = {
     "Bloom": lambda: hf.BloomForCausalLM(
@@ -92,12 +92,23 @@ def test_a_layer_that_computes_more_is_found_out() -> None:
         return output * 1.1, weights
 
     module.eager_attention_forward = twisted
+
+    class Bystander(See):
+        def see(self, call: Any, *_: Any) -> None:
+            call.plain()
+
     try:
         report = support(model)
+        with torch.no_grad():
+            for participant in (See(), Push()):
+                with pytest.raises(Refused, match="computes more"), attach(model, participant):
+                    model(**inputs_of("llama"))
+            with attach(model, Bystander()):  # who needs no scores is not bothered
+                model(**inputs_of("llama"))
     finally:
         module.eager_attention_forward = stock
     assert not report.supported
-    assert "more is computed" in str(report)
+    assert "computes more" in str(report)
     assert support(model).supported
 
 
