@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,17 +26,32 @@ class Editing:
 
     def __init__(self, rules: Sequence[Rule], spans: Mapping[str, Any] | None) -> None:
         self.rules, self.spans = tuple(rules), Spans(spans)
+        self._effects: list[set[str]] = [set() for _ in self.rules]
+        self._ran = False
 
     def begin_forward(self, forward: int) -> None:
-        """Nothing is kept between forwards."""
+        """Edits keep nothing from one forward to the next."""
+        self._ran = True
 
     def end_forward(self, forward: int) -> None:
-        """Nothing is kept between forwards."""
+        """Nothing to close."""
+
+    def tell(self) -> None:
+        """Warn of rules that had forwards to act on and met nothing to act on."""
+        for rule, effects in zip(self.rules, self._effects, strict=True):
+            if not self._ran or (effects and effects != {"missed"}):
+                continue
+            reason = (
+                "none of its keys was there"
+                if effects
+                else f"no call had its layers, towers and phase {rule.phase!r}"
+            )
+            warnings.warn(f"{rule!r} changed nothing: {reason}.", UserWarning, stacklevel=4)
 
     def active(self, call: Call) -> Iterator[Active]:
         """The rules that act at this call."""
         site, total = call.site, call.query.shape[1]
-        for rule in self.rules:
+        for rule, effects in zip(self.rules, self._effects, strict=True):
             if not rule.acts_in(site.tower, site.layer, call.phase):
                 continue
             heads = rule.heads_at(site.layer)
@@ -46,7 +62,7 @@ class Editing:
                     f"{type(rule).__name__} names head {heads[-1]}, but {site} has heads 0 to "
                     f"{total - 1}."
                 )
-            yield Active(rule, heads, self.spans)
+            yield Active(rule, heads, self.spans, effects)
 
     @staticmethod
     def compute(call: Call, editors: Sequence[Any]) -> tuple[Tensor | None, Bias | None]:
@@ -80,6 +96,9 @@ def steer(model: nn.Module, *rules: Rule, spans: Mapping[str, Any] | None = None
     Cost: one attention call on the chosen heads for any number of biases, and two more for each
     reallocation; the plain call too where some rows are left alone.
 
+    Warns:
+        UserWarning: at the end, for a rule that met none of its keys, layers or phase in any call.
+
     Raises:
         AttnbiasError: an unknown layer, head, tower or span; something that is not a rule.
         Refused: a rule that must be fitted first, a model that cannot be edited.
@@ -102,6 +121,7 @@ def steer(model: nn.Module, *rules: Rule, spans: Mapping[str, Any] | None = None
             check_places(rule, places)
     with attach(model, editing):
         yield
+    editing.tell()
 
 
 def _checked(rules: Sequence[Any]) -> Sequence[Rule]:

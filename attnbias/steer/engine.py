@@ -43,11 +43,16 @@ def never_skip() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Active:
-    """A rule that acts at this call, with its heads and spans."""
+    """A rule that acts at this call, with its heads and spans, and what became of it so far.
+
+    effects: "changed" once a hook gave an edit, "idle" where it had none to give, "missed" where
+    its bias was zero everywhere (none of its keys was there).
+    """
 
     rule: Rule
     heads: tuple[int, ...]
     spans: Spans
+    effects: set[str]
 
     def site(self, call: Call) -> SiteCall:
         return SiteCall(call, self.heads, self.spans)
@@ -91,9 +96,15 @@ def edited(call: Call, active: Sequence[Active]) -> tuple[Tensor | None, Bias | 
     edit = Edit(call)
     for item in active:
         bias = item.rule.bias(item.site(call))
-        if bias is not None:
-            _check_bias(bias, item, edit)
-            edit.add(bias, item.heads)
+        if bias is None:
+            item.effects.add("idle")
+            continue
+        _check_bias(bias, item, edit)
+        edit.add(bias, item.heads)
+        if "changed" not in item.effects:
+            parts = bias.parameters()
+            some = not parts or any(bool((part != 0).any()) for part in parts)
+            item.effects.add("changed" if some else "missed")
     if edit.total is not None:
         edit.touched = reach(edit.total, call.bias, edit.shape).to(edit.touched.device)
     for item in active:

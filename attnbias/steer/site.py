@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from attnbias.bias import Segments
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.steer.rule import is_number
 
@@ -86,6 +87,11 @@ class Spans:
 
     def __contains__(self, name: object) -> bool:
         return name == FIRST or name in self._rows
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names that the user gave."""
+        return frozenset(self._rows)
 
     def names(self) -> list[str]:
         return sorted({FIRST, *self._rows})
@@ -175,10 +181,16 @@ class SiteCall:
         return kind if kind == torch.float64 else torch.float32
 
     def where(self, keys: Keys) -> Tensor:
-        """Which keys are chosen: bool ``(batch | 1, keys)``. Padding is never chosen."""
+        """Which keys are chosen: bool ``(batch | 1, keys)``. Padding is never chosen.
+
+        Raises:
+            Refused: "first" where attention runs in segments: each has a first token of its own.
+        """
         positions = self.key_positions
         chosen = torch.zeros_like(positions, dtype=torch.bool)
         for item in keys:
+            if item == FIRST and FIRST not in self._spans.given:
+                self._one_sequence()
             if isinstance(item, str):
                 chosen = chosen | self._spans.member(item, positions, self.shape[0])
             elif isinstance(item, Range):
@@ -189,3 +201,17 @@ class SiteCall:
             else:
                 chosen = chosen | (positions == item)
         return chosen
+
+    def _one_sequence(self) -> None:
+        own = self._call.bias
+        for term in [] if own is None else own.terms():
+            if not isinstance(term, Segments):
+                continue
+            real = self.key_positions >= 0
+            ids = term.key_ids.to(real.device)
+            same = (ids[:, 1:] == ids[:, :-1]) | ~(real[:, 1:] & real[:, :-1])
+            if not bool(same.all()):
+                raise Refused(
+                    f"{self.site} attends in segments (packed sequences or chunks), so 'first' is "
+                    "no single token: run one sequence per row, or give spans={'first': ...}."
+                )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import pytest
@@ -313,6 +314,45 @@ def test_what_steer_refuses(mistral: Subject, request: pytest.FixtureRequest) ->
         ab.steer(model, shift, spans={"question": [(0, 1)] * 3}),
     ):
         mistral.run()
+
+
+@torch.no_grad()
+def test_a_rule_that_met_nothing_is_told(mistral: Subject) -> None:
+    for rule, words in (
+        (KeyShift(keys=[60], amount=1.0, heads="all"), "none of its keys was there"),
+        (ZeroTuning(factor=2.0, heads="all", phase="decode"), "phase 'decode'"),
+    ):
+        with pytest.warns(UserWarning, match=words), ab.steer(mistral.model, rule):
+            mistral.run()
+    quiet = (
+        KeyShift(keys=[60, 2], amount=1.0, heads="all"),
+        KeyShift(keys=[60], amount=0.0, heads="all"),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ab.steer(mistral.model, *quiet):
+            mistral.run()
+        with ab.steer(mistral.model, KeyShift(keys=[60], amount=1.0, heads="all")):
+            pass  # no forward: nothing to tell
+
+
+@torch.no_grad()
+def test_first_is_refused_in_packed_sequences(request: pytest.FixtureRequest) -> None:
+    """Each packed sequence has a first token of its own; a row alone is no packed sequence."""
+    subject = make("stories", request)
+    rule = ZeroTuning(factor=2.0, heads="all")
+    packed = torch.cat([torch.arange(6), torch.arange(7)])[None].expand(2, -1)
+    with pytest.raises(ab.Refused, match="attends in segments"), ab.steer(subject.model, rule):
+        subject.run(position_ids=packed, use_cache=False)
+    with ab.steer(subject.model, rule, spans={"first": (6, 7)}):
+        found = subject.run(position_ids=packed, use_cache=False)
+    alone = subject.inputs["input_ids"][:, 6:]
+    with ab.steer(subject.model, rule):
+        wanted = subject.model(input_ids=alone).logits
+        whole = subject.run(position_ids=torch.arange(13)[None].expand(2, -1), use_cache=False)
+        assert off(whole, subject.run()) < RELATIVE
+    assert off(found[:, 6:], wanted) < RELATIVE
+    assert torch.equal(found[:, :6], subject.run(position_ids=packed, use_cache=False)[:, :6])
 
 
 def test_rules_are_final_and_the_base_is_abstract() -> None:

@@ -60,7 +60,8 @@ def test_gradient_checkpointing(subject: Subject, reentrant: bool) -> None:
 
 def test_peft(subject: Subject) -> None:
     """An adapter around the model: sites are found inside, the merged model agrees."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(subject.model), config).eval()
     plain = subject.run(model)
