@@ -6,7 +6,9 @@ scale of the maps is viridis: ordered in lightness, readable with any colour vis
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -20,6 +22,10 @@ PANELS = (
 )
 NUMBERS_UP_TO = 16
 """Up to so many layers and heads the number stands in the cell as well."""
+CELL = 26
+"""Pixels of a cell with its number."""
+PANEL = 320
+"""Pixels of a map without numbers; three stand side by side."""
 
 
 def number(value: float, unit: str) -> str:
@@ -33,13 +39,23 @@ def number(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _short(value: float, unit: str, high: float) -> str:
-    """The value in the two or three characters that fit a cell; shares in percent."""
+def _says(unit: str) -> str:
+    """`number` as a Vega expression: the page computes the words, it does not carry them."""
+    value = "format(datum.value, '.3~r') + " + json.dumps(f" {unit}")
     if unit.startswith("share"):
-        return f"{100 * value:.1f}" if high < 0.0995 else f"{100 * value:.0f}"
+        value = "format(datum.value, '.1%')"
     if unit == "yes or no":
-        return f"{value:.2g}"
-    return f"{value:.1f}" if abs(value) < 9.95 else f"{value:.0f}"
+        value = "(datum.value == 1 ? 'yes' : 'no')"
+    return f"'Layer ' + datum.layer + ', head ' + datum.head + ': ' + {value}"
+
+
+def _short(unit: str, high: float) -> str:
+    """Expression of the value in two or three characters that fit a cell; shares in percent."""
+    if unit.startswith("share"):
+        return f"format(100 * datum.value, '{'.1f' if high < 0.0995 else '.0f'}')"
+    if unit == "yes or no":
+        return "format(datum.value, '.0f')"
+    return "format(datum.value, abs(datum.value) < 9.95 ? '.1f' : '.0f')"
 
 
 def top(one: Map) -> float:
@@ -58,69 +74,78 @@ def even(one: Map) -> str:
     return f"{number(low, one.unit)} to {number(high, one.unit)}"
 
 
-def _rows(one: Map, panel: str) -> list[dict[str, Any]]:
+def rows(one: Map, panel: str) -> list[dict[str, Any]]:
+    """The data of one panel, rounded to five digits; heads without a number are left out."""
     cells = [(cell, float(getattr(cell, panel))) for cell in one.cells()]
     return [
-        {
-            "layer": cell.layer,
-            "head": cell.head,
-            "value": value,
-            "says": f"Layer {cell.layer}, head {cell.head}: {number(value, one.unit)}",
-            "short": _short(value, one.unit, top(one)),
-        }
+        {"layer": cell.layer, "head": cell.head, "value": float(f"{value:.5g}")}
         for cell, value in cells
         if not math.isnan(value)
     ]
 
 
 def heat(one: Map, panel: str, title: str) -> alt.LayerChart:
-    """One layer-by-head map: layers downwards, heads to the right; value in the cell, on hover."""
-    rows = _rows(one, panel)
-    heads = max(len(row) for row in one.values)
-    layers = len(one.layers)
+    """One layer-by-head map: layers downwards, heads to the right; value in the cell, on hover.
+
+    Its data is named like the panel and joins the specification last (`with_data`): Altair would
+    check every number against its schema, which takes most of a minute for a large model.
+    """
+    heads, layers = max(len(row) for row in one.values), len(one.layers)
     numbers = max(heads, layers) <= NUMBERS_UP_TO
-    cell = 26 if numbers else max(6, min(16, 400 // heads))
+    cell = CELL if numbers else max(3, min(CELL, PANEL // heads))
     high = top(one)
-    share = one.unit.startswith("share")
-    form = (".1%" if high < 0.0995 else ".0%") if share else ".3~r"
-    legend = alt.Legend(
-        title=one.unit, orient="bottom", gradientLength=min(220, heads * cell), format=form,
-        tickCount=4, titleLimit=300,
-    )  # fmt: skip
-    if one.unit == "yes or no":
-        legend.values = [0, 1]
-    colour = alt.Color(
-        "value:Q", scale=alt.Scale(scheme="viridis", domain=[0, high]), legend=legend
-    )
-    step = 1 if numbers else max(1, -(-max(heads, layers) // 12))
-    ticks = list(range(0, 4096, step)) if step > 1 else None
-    head_axis = alt.Axis(labelAngle=0, ticks=False, domain=False, title="head", grid=False)
-    layer_axis = alt.Axis(ticks=False, domain=False, title="layer", grid=False)
-    if ticks:
-        head_axis.values = [h for h in ticks if h < heads]
-        layer_axis.values = [n for n in one.layers if n % step == 0]
     chart = (
-        alt.Chart(alt.Data(values=rows), title=title)
+        alt.Chart(title=title)
         .mark_rect(cursor="default")
         .encode(
-            x=alt.X("head:O", axis=head_axis),
-            y=alt.Y("layer:O", axis=layer_axis, sort="ascending"),
-            color=colour,
+            x=alt.X("head:O", axis=_axis("head", range(heads), numbers)),
+            y=alt.Y("layer:O", axis=_axis("layer", one.layers, numbers), sort="ascending"),
+            color=alt.Color(
+                "value:Q",
+                scale=alt.Scale(scheme="viridis", domain=[0, high]),
+                legend=_legend(one.unit, high, min(220, heads * cell)),
+            ),
             tooltip=alt.Tooltip("says:N", title=one.title),
             description=alt.Description("says:N"),
         )
         .properties(width=heads * cell, height=layers * (cell if numbers else min(cell, 12)))
     )
-    if not numbers:
-        return alt.layer(chart)
-    # Black on the bright half, white on the dark: the switch is at luminance 0.18 of viridis.
-    shade = alt.condition(alt.datum.value > 0.42 * high, alt.value("black"), alt.value("white"))
-    words = (
-        alt.Chart(alt.Data(values=rows))
-        .mark_text(fontSize=10, aria=False, tooltip=None, clip=True)
-        .encode(x="head:O", y="layer:O", text="short:N", color=shade)
+    parts: list[Any] = [chart]
+    if numbers:
+        # Black on the bright half, white on the dark: the switch is at luminance 0.18 of viridis.
+        bright = alt.datum.value > 0.42 * high
+        words = alt.Chart().mark_text(fontSize=10, aria=False, tooltip=None, clip=True)
+        shade = alt.condition(bright, alt.value("black"), alt.value("white"))
+        parts.append(words.encode(x="head:O", y="layer:O", text="short:N", color=shade))
+    found: alt.LayerChart = alt.layer(*parts, data=alt.NamedData(name=panel)).transform_calculate(
+        says=_says(one.unit), short=_short(one.unit, high)
     )
-    return alt.layer(chart, words)
+    return found
+
+
+def with_data(chart: Any, one: Map, panels: Sequence[str]) -> dict[str, Any]:
+    """The specification of a chart with the data of its maps."""
+    made = chart.to_dict()
+    own = {panel: rows(one, panel) for panel in panels}
+    return {**made, "datasets": {**made.get("datasets", {}), **own}}
+
+
+def _axis(title: str, numbers: Sequence[int], every: bool) -> alt.Axis:
+    axis = alt.Axis(labelAngle=0, ticks=False, domain=False, grid=False, title=title)
+    if not every:
+        step = -(-len(numbers) // 12)
+        axis.values = [n for n in numbers if n % step == 0]
+    return axis
+
+
+def _legend(unit: str, high: float, length: int) -> alt.Legend:
+    form = (".1%" if high < 0.0995 else ".0%") if unit.startswith("share") else ".3~r"
+    legend = alt.Legend(
+        title=unit, orient="bottom", gradientLength=length, format=form, tickCount=4, titleLimit=300
+    )
+    if unit == "yes or no":
+        legend.values = [0, 1]
+    return legend
 
 
 def _label(word: Word, index: int, length: int = 18) -> str:
@@ -134,7 +159,7 @@ def ranked(data: ReportData, width: int | str, count: int = 15) -> alt.LayerChar
     order = sorted(range(len(data.words)), key=lambda i: -data.words[i].received)[:count]
     names = ("received", "shuffled", "random")
     titles = [title for _, title in PANELS]
-    rows = [
+    marks = [
         {
             "word": _label(data.words[i], i + 1),
             "times": getattr(data.words[i], name),
@@ -147,7 +172,7 @@ def ranked(data: ReportData, width: int | str, count: int = 15) -> alt.LayerChar
         for name, title in reversed(list(zip(names, titles, strict=True)))
         if getattr(data.words[i], name) > 0
     ]
-    base = alt.Chart(alt.Data(values=rows), title="Attention received by word")
+    base = alt.Chart(alt.Data(values=marks), title="Attention received by word")
     y = alt.Y(
         "word:N", sort=[_label(data.words[i], i + 1) for i in order],
         axis=alt.Axis(title="word (place in the text)", grid=True, ticks=False, domain=False),
@@ -188,6 +213,5 @@ def figure(data: ReportData) -> dict[str, Any]:
     row = row.properties(title=alt.Title(f"{one.title}: {data.model}", fontSize=15))
     both = alt.vconcat(row, ranked(data, 860), spacing=28)
     both = both.resolve_scale(color="independent", shape="independent")
-    return dict(
-        both.configure(background="white", padding=16).configure_title(anchor="start").to_dict()
-    )
+    both = both.configure(background="white", padding=16).configure_title(anchor="start")
+    return with_data(both, one, [panel for panel, _ in PANELS])

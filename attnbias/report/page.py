@@ -167,7 +167,9 @@ def _specs(data: ReportData) -> dict[str, Any]:
     found = {"ranked": charts.ranked(data, "container").to_dict()}
     for i, one in enumerate(data.maps):
         for panel, title in charts.PANELS:
-            found[f"map{i}-{panel}"] = charts.heat(one, panel, title).to_dict()
+            found[f"map{i}-{panel}"] = charts.with_data(
+                charts.heat(one, panel, title), one, [panel]
+            )
     return found
 
 

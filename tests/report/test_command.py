@@ -124,6 +124,18 @@ def test_models_that_do_not_read_text(tmp_path, text, capsys):
         assert "encoder-decoder" in line or "not a text model" in line
 
 
+def test_a_model_that_ignores_the_attention_interface(stories, tmp_path, text, capsys):
+    from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+
+    folder = tmp_path / "bloom"
+    config = BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=4)
+    BloomForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(stories).save_pretrained(folder)
+    line = refused(capsys, folder, "--text", text, "--report", tmp_path / "out.html")
+    assert "Bloom" in line
+    assert not (tmp_path / "out.html").exists()
+
+
 def test_weights_that_are_code_do_not_run(minilm, tmp_path, text, capsys):
     folder = tmp_path / "model"
     shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
