@@ -35,8 +35,8 @@ def difference(call: Call, rows: Iterable[int]) -> str:
     """Why the stock output is not the attention that `call` describes; empty if it is.
 
     Computed in float32 (float64 in float64) from `query`, `key`, `value`, `bias`, `scale` and
-    `sink` for the given queries, O(rows x keys). Rows without a visible key are left out: models do not
-    define them.
+    `sink` for the given queries, O(rows x keys). Rows without a visible key are left out: models
+    do not define them.
     """
     if call.training and call.dropout > 0:
         return ""

@@ -187,8 +187,9 @@ def test_four_dimensional_masks(attention: str) -> None:
 
 def test_prompt_look_up() -> None:
     model: Any = build("llama")
-    tokens = torch.tensor([[3, 4, 5, 6, 3, 4, 5, 6, 3, 4]])
-    options = {"max_new_tokens": 6, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    tokens = torch.tensor([[3, 4, 5, 6, 7, 8] * 4])  # whatever comes next, it has been there
+    tokens = torch.cat([torch.arange(10, 60)[None], tokens], -1)
+    options = {"max_new_tokens": 12, "do_sample": False, "prompt_lookup_num_tokens": 3}
     with torch.no_grad():
         plain = model.generate(tokens, **options)
         with attach(model, see := See()):

@@ -340,13 +340,13 @@ def test_padding_costs_no_square_mask_where_it_is_observed() -> None:
 
     for name in ("llama", "bert"):
         model = build(name)
-        with torch.no_grad():
-            with _swapped(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", counting):
-                plain = model(**inputs_of(name), attention_mask=masks()["left"])
-                assert [type(one) for one in made] == [Tensor]
-                made.clear()
-                with attach(model, See()):
-                    ours = model(**inputs_of(name), attention_mask=masks()["left"])
+        registry = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+        with torch.no_grad(), _swapped(registry, "sdpa", counting):
+            plain = model(**inputs_of(name), attention_mask=masks()["left"])
+            assert [type(one) for one in made] == [Tensor]
+            made.clear()
+            with attach(model, See()):
+                ours = model(**inputs_of(name), attention_mask=masks()["left"])
         assert same(plain, ours)
         assert not made
 
