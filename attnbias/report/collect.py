@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from attnbias.errors import AttnbiasError
 from attnbias.report.data import Map, ReportData, Word
 from attnbias.report.even import Even, Watch
 from attnbias.report.text import Read, limit, read, shuffled
@@ -92,10 +93,11 @@ def collect(
     from attnbias.hub import sites
     from attnbias.observe.observer import choose
 
-    text_read = read(text, tokenizer, limit(model.config, tokenizer), max_tokens)
+    text_read = read(text, tokenizer, limit(model, tokenizer), max_tokens)
     order = shuffled(text_read.words, seed)
     device = next(model.parameters()).device
     ids = torch.tensor([text_read.ids], device=device)
+    _check_vocabulary(model, text_read)
     asked = layers if isinstance(layers, str) else tuple(layers)
     found = sites(model)
     wanted = set(found) if asked == "all" else choose(found, asked)
@@ -114,6 +116,16 @@ def collect(
         maps=_maps(even, (own, mixed, born)), version=__version__,
         settings=(*settings, ("Controls", f"words shuffled and weights drawn with seed {seed}")),
     )  # fmt: skip
+
+
+def _check_vocabulary(model: Any, text: Read) -> None:
+    table = model.get_input_embeddings()
+    size = getattr(table, "num_embeddings", None)
+    if size is not None and max(text.ids) >= size:
+        raise AttnbiasError(
+            f"tokenizer: token {max(text.ids)} came, but the model knows {size}; give the "
+            "tokenizer that belongs to the model"
+        )
 
 
 def _run(

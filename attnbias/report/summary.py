@@ -186,6 +186,10 @@ def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
     total = len(cells)
     found, shuffled, random = (_passing(rule, cells, p) for p in ("values", "shuffled", "random"))
     tower = f" ({one.tower})" if len(data.towers) > 1 else ""
+    kept = sum(
+        rule.passes(cell.values, cell.even) and rule.passes(cell.shuffled, cell.even)
+        for cell in cells
+    )
     best, value = _end(rule, cells, "values")
     word = "most" if rule.most else "least"
     statement = f"In {found} of {total} heads{tower} {rule.says(data)}."
@@ -204,17 +208,18 @@ def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
             f"Same architecture, random weights: {random} of {total} heads; {word} "
             f"{_end(rule, cells, 'random')[1]}.",
         ),
-        reading=_reading(found, shuffled, random),
+        reading=_reading(found, kept, random),
         threshold=f"Threshold: {rule.threshold}.",
     )
 
 
-def _reading(found: int, shuffled: int, random: int) -> str:
+def _reading(found: int, kept: int, random: int) -> str:
+    """`kept`: of the heads (words) found, those that pass with the words shuffled as well."""
     if not found:
         return ""
     if 2 * random >= found:
         return "Random weights show it too: it comes with the architecture, not with training."
-    if 2 * shuffled >= found:
+    if 2 * kept >= found:
         return (
             "It stays when the words are shuffled and is not there with random weights: training "
             "put it there, and it does not hang on the order of the words."
@@ -233,6 +238,7 @@ def _word_finding(data: ReportData) -> Finding:
     found, shuffled, random = (
         over([getattr(word, name) for word in words]) for name in ("received", "shuffled", "random")
     )
+    kept = over([min(word.received, word.shuffled) for word in words])
     total, top = len(words), words[: max(1, min(3, found))]
     listed = ", ".join(f"“{word.text}” {times(word.received)}" for word in top)
     statement = (
@@ -252,7 +258,7 @@ def _word_finding(data: ReportData) -> Finding:
         statement=statement,
         strongest=f"The most: {listed} the even share.",
         controls=_word_controls(top[0], total, shuffled, random),
-        reading=_reading(found, shuffled, random),
+        reading=_reading(found, kept, random),
         threshold=(
             f"Threshold: a word with {times(RECEIVED_TIMES)} its even share, mean over all heads."
         ),

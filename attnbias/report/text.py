@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from attnbias.errors import AttnbiasError
 
 
@@ -30,17 +32,26 @@ class Read:
     words: tuple[Piece, ...]
 
 
-def limit(config: Any, tokenizer: Any) -> int | None:
+def limit(model: nn.Module, tokenizer: Any) -> int | None:
     """How many tokens the model accepts; None where neither model nor tokenizer says.
 
-    The smaller of the position limit of the config and that of the tokenizer (unset limits of
-    tokenizers are huge numbers).
+    The smallest of the position limit of the config, that of the tokenizer (unset limits of
+    tokenizers are huge numbers) and, where positions count on from a padding index (RoBERTa), the
+    rows of the position table after it.
     """
+    config: Any = model.config
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [
         getattr(inner, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx")
     ]
     found.append(getattr(tokenizer, "model_max_length", None))
+    found += [
+        table.num_embeddings - table.padding_idx - 1
+        for name, table in model.named_modules()
+        if name.endswith("position_embeddings")
+        and isinstance(table, nn.Embedding)
+        and table.padding_idx is not None
+    ]
     known = [int(n) for n in found if isinstance(n, (int, float)) and 0 < n < 10**9]
     return min(known, default=None)
 
@@ -57,10 +68,8 @@ def read(text: str, tokenizer: Any, most: int | None, max_tokens: int | None = N
         AttnbiasError: an empty or one-word text, a text too long, a bad `max_tokens`.
     """
     if max_tokens is not None and (max_tokens < 3 or (most is not None and max_tokens > most)):
-        top = f"the model accepts {most}" if most is not None else "at least 3 are needed"
-        raise AttnbiasError(
-            f"max_tokens: {max_tokens} came, but {top}; write a number of 3 or more within it"
-        )
+        within = "of 3 or more" if most is None else f"from 3 to {most}, which the model accepts"
+        raise AttnbiasError(f"max_tokens: {max_tokens} came; write a number {within}")
     options = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
     offsets = bool(getattr(tokenizer, "is_fast", False))
     coded = tokenizer(

@@ -183,3 +183,10 @@ def test_windows_change_what_even_attention_is():
         assert one.distance == pytest.approx(float((share * (row - col).abs()).sum() / 12))
         assert one.entropy == pytest.approx(float(seen.sum(-1).log().mean()))
         assert one.causal
+
+
+def test_a_tokenizer_of_another_model_is_refused(minilm, stories):
+    model, _, _ = load(str(stories))
+    _, tokenizer, _ = load(str(minilm))
+    with pytest.raises(AttnbiasError, match="tokenizer"):
+        collect(model, tokenizer, TEXT, name="m")

@@ -57,6 +57,15 @@ def test_what_random_weights_show_as_well_is_not_called_a_bias():
     assert "comes with the architecture" in one.reading
 
 
+def test_other_heads_than_those_found_do_not_count_as_staying():
+    first, *rest = sink_data().maps
+    moved = {(0, 0): 0.9, (0, 1): 0.9, (0, 2): 0.9}
+    shown = replace(first, shuffled=planted(even_data().maps[0].shuffled, moved))
+    one = finding(replace(sink_data(), maps=(shown, *rest)), "first_token")
+    assert "3 of 72 heads" in one.controls[0]
+    assert "hangs on the order" in one.reading
+
+
 def test_what_hangs_on_the_order_of_words_is_told_so():
     first, *rest = sink_data().maps
     shown = replace(first, shuffled=even_data().maps[0].shuffled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from attnbias import AttnbiasError
 from attnbias.report.text import limit, read, shuffled
@@ -82,8 +83,16 @@ def test_a_text_of_no_words_is_refused(tokenizer, text):
 
 
 def test_limit_is_the_smaller_that_is_known(tokenizer):
-    from transformers import BertConfig
+    from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
-    assert limit(BertConfig(max_position_embeddings=64), tokenizer) == 64
-    assert limit(BertConfig(max_position_embeddings=9999), tokenizer) == tokenizer.model_max_length
-    assert tokenizer.model_max_length < 9999
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tokenizer_limit = tokenizer.model_max_length
+    for positions, wanted in ((64, 64), (9999, tokenizer_limit)):
+        model = BertModel(BertConfig(max_position_embeddings=positions, **small))
+        assert limit(model, tokenizer) == wanted < 9999
+    # Positions count on from the padding index: 66 rows hold 64 tokens, and no more.
+    model = RobertaModel(RobertaConfig(max_position_embeddings=66, pad_token_id=1, **small))
+    assert limit(model, tokenizer) == 64
+    model(torch.full((1, 64), 5))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(torch.full((1, 65), 5))
