@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attnbias.attention import merge
+from attnbias.bias import Window
+
 if TYPE_CHECKING:
     from attnbias.observe.scene import Scene
 
-BLOCK = 256  # queries per call where positions have to be centred on their queries
-LAG = "lag"
+NEAR = 16  # queries that share one origin of the positions
+GAP = "gap"
 
 
 class Features:
@@ -29,11 +32,9 @@ class Features:
         """Want the means of features (B, M, F)."""
         self._asked[name] = feature
 
-    def ask_lag(self) -> None:
-        """Want `lag`."""
-        positions = self._scene.key_positions.to(self._scene.query)
-        # The column of ones takes the rounding of the row's sum out of the difference.
-        self._asked[LAG] = torch.stack([positions, torch.ones_like(positions)], -1)
+    def ask_gap(self) -> None:
+        """Want `gap`."""
+        self._asked[GAP] = self._scene.query.new_empty(0)
 
     def mean(self, name: str) -> Tensor:
         """(B, H, N, F): the means of the features asked for under `name`."""
@@ -42,49 +43,94 @@ class Features:
         return self._found[name]
 
     @property
-    def lag(self) -> Tensor:
-        r"""(B, H, N): ``sum_j p_ij (i - j)`` in token positions; for causal rows the mean distance.
+    def gap(self) -> Tensor:
+        r"""(B, H, N): ``sum_j p_ij |i - j|`` in token positions, within one sequence.
 
-        Positions are centred on each block of queries: the rounding grows with the distance, not
-        with the position.
+        The mean position of the keys up to the query and of those after it, each half of a call.
+        A call has one feature for each 16 queries, the position counted from there: the rounding
+        grows with the distance, not with the position.
         """
-        return self.mean(LAG)[..., 0]
+        return self.mean(GAP)[..., 0]
 
     def _run(self) -> None:
         scene = self._scene
-        names = [n for n in self._asked if n not in self._found]
+        names = [n for n in self._asked if n not in self._found and n != GAP]
         widths = [self._asked[n].shape[-1] for n in names]
-        step = BLOCK if LAG in names else scene.queries
+        asked = [self._asked[n].to(scene.query) for n in names]
+        fixed = torch.cat(asked, -1) if asked else None
+        step, origins = scene.queries, 0
+        if GAP in self._asked and GAP not in self._found:
+            free = scene.width - 1 - sum(widths)
+            origins = free if free >= min(7, scene.width - 1) else scene.width - 1
+            origins = max(min(origins, -(-scene.queries // NEAR)), 1)
+            step = origins * NEAR
         starts = range(0, scene.queries, step)
-        parts = [self._block(names, slice(s, min(s + step, scene.queries))) for s in starts]
+        parts = [
+            self._block(fixed, slice(n, min(n + step, scene.queries)), origins) for n in starts
+        ]
         sums, lse = (torch.cat(list(part), 2) for part in zip(*parts, strict=True))
+        lse = lse + scene.shift
         scene.set_lse(scene.with_sink(lse))
         if scene.sink is not None:  # the keys shown hold only a part of the row
             sums = sums * torch.exp(lse - scene.with_sink(lse))[..., None]
+        if origins:
+            names, widths = [*names, GAP], [*widths, 1]
         for name, part in zip(names, torch.split(sums, widths, -1), strict=True):
             self._found[name] = part
 
-    def _block(self, names: list[str], rows: slice) -> tuple[Tensor, Tensor]:
-        """Means over the keys shown, and their log-sum-exp, for some queries."""
+    def _block(self, fixed: Tensor | None, rows: slice, origins: int) -> tuple[Tensor, Tensor]:
+        """Means over the keys shown, with the gap last, and their log-sum-exp, of some queries."""
+        scene = self._scene
+        if origins == 0:
+            assert fixed is not None
+            return self._means(fixed, rows, scene.span(rows), None)
+        positions = scene.query_positions[:, rows]
+        short = torch.nn.functional.pad(positions, (0, -positions.shape[1] % NEAR), value=-1)
+        origin = short.unfold(-1, NEAR, NEAR).amax(-1) - NEAR // 2  # (B, origins), -1 is padding
+        counted = (scene.key_positions[..., None] - origin[:, None]).to(scene.query)
+        # The column of ones takes the rounding of the row's sum out of the difference.
+        columns = [counted, torch.ones_like(counted[..., :1])]
+        values = torch.cat(columns if fixed is None else [fixed, *columns], -1)
+        place = torch.arange(positions.shape[1], device=scene.device) // NEAR
+        own = (positions - origin[:, place]).to(values)[:, None]
+        first = values.shape[-1] - 1 - origin.shape[1]
+        index = (first + place)[None, None, :, None].expand(scene.batch, scene.heads, -1, 1)
+        parts = []
+        for sign, span, half in self._halves(rows):
+            sums, lse = self._means(values, rows, span, half)
+            gap = sign * (own * sums[..., -1] - sums.gather(-1, index)[..., 0])
+            parts.append((torch.cat([sums[..., :first], gap[..., None]], -1), lse))
+        return merge(parts)
+
+    def _halves(self, rows: slice) -> list[tuple[int, tuple[int, int], Window | None]]:
+        """(sign of i - j, keys, mask) of the keys up to each query and of those after it."""
         scene = self._scene
         low, high = scene.span(rows)
-        middle = scene.query_positions[:, (rows.start + rows.stop) // 2].clamp_min(0)
-        packed = [self._asked[n][:, low:high].to(scene.query) for n in names]
-        if LAG in names:
-            place = sum(p.shape[-1] for p in packed[: names.index(LAG)])
-            centred = packed[names.index(LAG)].clone()
-            centred[..., 0] -= middle[:, None]
-            packed[names.index(LAG)] = centred
-        bias = None if scene.bias is None else scene.bias[..., rows, low:high]
-        query, key = scene.query[:, :, rows], scene.key[:, :, low:high]
+        if scene.causal:
+            return [(1, (low, high), None)]
+        assert scene.own_slot is not None
+        first, last = scene.own_slot + rows.start, scene.own_slot + rows.stop
+        halves: list[tuple[int, tuple[int, int], Window | None]] = []
+        for sign, start, stop in ((1, low, min(high, last)), (-1, max(low, first + 1), high)):
+            if stop > start:
+                size = {"queries": rows.stop - rows.start, "keys": stop - start}
+                before, after = (None, 0) if sign == 1 else (-1, None)
+                mask = Window(before, after, **size, offset=first - start, device=scene.device)
+                halves.append((sign, (start, stop), mask))
+        return halves or [(1, (low, low), None)]
+
+    def _means(
+        self, values: Tensor, rows: slice, span: tuple[int, int], half: Window | None
+    ) -> tuple[Tensor, Tensor]:
+        scene, keys = self._scene, slice(*span)
+        bias = None if scene.bias is None else scene.bias[..., rows, keys]
+        if half is not None:
+            bias = half if bias is None else bias + half
+        query, key = scene.query[:, :, rows], scene.centred[:, :, keys]
         sums, lse = [], query[..., 0]
-        for part in torch.split(torch.cat(packed, -1), scene.width, -1):
+        for part in torch.split(values[:, keys], scene.width, -1):
             value = torch.nn.functional.pad(part, (0, scene.width - part.shape[-1]))
             value = value[:, None].expand(-1, scene.groups, -1, -1)
             out, lse = scene.attend(query, key, value, bias, False)
             sums.append(out[..., : part.shape[-1]])
-        total = torch.cat(sums, -1)
-        if LAG in names:
-            own = (scene.query_positions[:, rows] - middle[:, None]).to(total)[:, None]
-            total[..., place] = own * total[..., place + 1] - total[..., place]
-        return total, lse
+        return torch.cat(sums, -1), lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -100,16 +101,19 @@ class Scene:
     @property
     def causal(self) -> bool:
         """Whether the masks let no query see a key to its right, in slots of the same sequence."""
-        own = self._own_slot()
-        if own is None or self.site.kind != "self":
+        own = self.own_slot
+        if own is None:
             return False
         return any(
             isinstance(t, Window) and t.after is not None and t.offset + t.after <= own
             for t in self.terms("mask")
         )
 
-    def _own_slot(self) -> int | None:
-        """The key slot that holds the token of query 0's slot; None where it cannot be told."""
+    @functools.cached_property
+    def own_slot(self) -> int | None:
+        """The key slot of query 0 itself; None where queries and keys are not of one sequence."""
+        if self.site.kind != "self":
+            return None
         real = self.real.any(0).nonzero()
         if len(real) == 0:
             return None
@@ -142,6 +146,18 @@ class Scene:
         """(B, H, N) bool: the queries that are tokens and see at least one key."""
         return self.real[:, None, :] & (self.lse > -torch.inf)
 
+    @functools.cached_property
+    def centred(self) -> Tensor:
+        """(B, G, M, d): the keys without their mean; scores are smaller, rows the same."""
+        return self.key - self.key.mean(2, keepdim=True)
+
+    @functools.cached_property
+    def shift(self) -> Tensor:
+        """(B, H, N): what centring the keys takes from each row's scores and log-sum-exp."""
+        centre = self.key.mean(2, keepdim=True)
+        dot = torch.einsum("bghnd,bgzd->bghn", self._grouped(), centre)
+        return self.scale * dot.flatten(1, 2)
+
     @property
     def inner(self) -> Tensor:
         r"""(B, H, N): the entropy of each row, ``-sum_j p_ij ln p_ij``, from one call with v = k.
@@ -150,13 +166,10 @@ class Scene:
         normalised row is ``s q_i . sum_j p'_ij (k_j - c)``. Needs a bias of masks only.
         """
         if "inner" not in self._kept:
-            centre = self.key.mean(2, keepdim=True)
-            centred = self.key - centre
-            mean, lse = self.attend(self.query, centred, centred, self.bias, False)
+            mean, lse = self.attend(self.query, self.centred, self.centred, self.bias, False)
             score = self.scale * (self.query * mean).sum(-1)
             self._kept["reach"] = self.scale * (self.query * mean).abs().sum(-1)
-            dot = torch.einsum("bghnd,bgzd->bghn", self._grouped(), centre)
-            shown_lse = lse + self.scale * dot.flatten(1, 2)
+            shown_lse = lse + self.shift
             self.set_lse(self.with_sink(shown_lse))
             row = (lse - score).clamp_min(0)
             if self.sink is not None:

@@ -22,8 +22,8 @@ class Distance(Statistic):
     the positions are those in the two sequences. Under sink logits the sink is at no distance.
 
     Values: ``(batch, head, query)``. Table: the mean over all real queries of all rows.
-    Cost: one unbiased call where no query sees a key to its right (the mean position, centred on
-    each block of queries), tiles otherwise.
+    Cost: one unbiased call within a sequence (the mean position of the keys up to the query and of
+    those after it, centred on each block of queries), tiles in cross-attention.
     """
 
     name: ClassVar[str] = "distance"
@@ -34,10 +34,10 @@ class Distance(Statistic):
         return (tile.probabilities * gap[:, None].to(tile.probabilities)).sum(-1)
 
     def plan(self, scene: Scene) -> bool:
-        if not scene.causal:
+        if scene.own_slot is None:
             return False
-        scene.features.ask_lag()
+        scene.features.ask_gap()
         return True
 
     def fused(self, scene: Scene) -> Tensor:
-        return scene.features.lag.clamp_min(0)
+        return scene.features.gap.clamp_min(0)
