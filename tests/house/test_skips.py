@@ -47,6 +47,13 @@ def test_every_skip_is_listed() -> None:
             assert good, f"{path.relative_to(ROOT)}:{line} skips with {message!r}: no row for it"
 
 
+def test_every_row_is_used() -> None:
+    files = [path.read_text(encoding="utf-8") for path in python_files("tests")]
+    said = [message or "" for text in files for _, message in skips(text)]
+    for reason in LISTED:
+        assert any(message.startswith(reason) for message in said), f"no test skips with {reason!r}"
+
+
 def test_the_skip_test_can_fail() -> None:
     assert skips("import pytest\npytest.skip('no reason at all')") == [(2, "no reason at all")]
     assert skips("@pytest.mark.skipif(True, reason=f'shared data {x}')\ndef f(): ...") == [
