@@ -57,6 +57,8 @@ class Watch:
 def even(call: Call) -> Even:
     """Even attention under the masks of a call of one row; masks that differ by head are averaged.
 
+    Sink logits are left out: all of the attention is spread over the tokens.
+
     Costs O(queries keys) time and O(256 keys heads) memory; only the masks' -inf entries count.
     """
     queries, keys = call.query.shape[2], call.key.shape[2]

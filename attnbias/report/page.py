@@ -182,7 +182,8 @@ def _words(data: ReportData) -> list[dict[str, Any]]:
         found.append({
             "text": word.text, "special": word.special, "level": level, "times": times,
             "gap": word.gap,
-            "title": f"{times} the even share", "cells": [*cells, f"{word.share:.2%}"],
+            "title": f"mean of all layers: {times} the even share",
+            "cells": [*cells, f"{word.share:.2%}"],
         })  # fmt: skip
     return found
 
