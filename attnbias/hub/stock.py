@@ -77,10 +77,8 @@ def shared_flash(call: Call) -> tuple[Tensor, Tensor] | None:
         found = None
     if found is None:
         return None
-    mask, causal, keys = found
-    out, lse = flash.call(
-        query, key[:, :, :keys], value[:, :, :keys], mask, causal, call.described_scale()
-    )
+    mask, causal = found
+    out, lse = flash.call(query, key, value, mask, causal, call.described_scale())
     lse = flash.hide_empty(lse, mask, causal)
     return out.transpose(1, 2).contiguous(), lse
 
@@ -98,20 +96,17 @@ def _is_stock_sdpa(call: Call) -> bool:
     return call.argument("position_bias") is None
 
 
-def _mask_of(call: Call) -> tuple[Tensor | None, bool, int] | None:
-    """``(mask, causal, keys)`` for the operator, which aligns `causal` to the start."""
+def _mask_of(call: Call) -> tuple[Tensor | None, bool] | None:
+    """``(mask, causal)`` for the operator, which aligns `causal` to the start."""
     queries, keys = call.query.shape[2], call.key.shape[2]
     causal, padding, rest = _split(call.bias)
-    if rest or (causal is not None and causal.offset != 0):
+    if rest or (causal is not None and (causal.offset != 0 or queries != keys)):
+        # Before an empty static cache some versions cut the keys and some take another kernel.
         return _float_mask(call)
-    if causal is not None and queries != keys:
-        if padding is not None or queries > keys:
-            return _float_mask(call)
-        keys = queries  # an empty static cache: stock cuts the keys it cannot see, too
     mask = None if padding is None else padding.dense()
     if mask is not None:
         mask = mask.to(call.query.device).expand(*call.query.shape[:3], keys)
-    return mask, causal is not None, keys
+    return mask, causal is not None
 
 
 def _split(bias: Bias | None) -> tuple[Window | None, Padding | None, list[Bias]]:
@@ -126,7 +121,7 @@ def _split(bias: Bias | None) -> tuple[Window | None, Padding | None, list[Bias]
     return causal, padding, rest
 
 
-def _float_mask(call: Call) -> tuple[Tensor, bool, int] | None:
+def _float_mask(call: Call) -> tuple[Tensor, bool] | None:
     """The N x N mask that stock builds anyway, as the numbers that stock makes of it."""
     mask = call.stock_mask()
     if not isinstance(mask, Tensor) or mask.numel() > _LARGEST_MASK:
@@ -138,4 +133,4 @@ def _float_mask(call: Call) -> tuple[Tensor, bool, int] | None:
         )
     elif mask.dtype not in (torch.float32, call.query.dtype):
         return None
-    return mask.expand(*call.query.shape[:3], call.key.shape[2]), False, call.key.shape[2]
+    return mask.expand(*call.query.shape[:3], call.key.shape[2]), False

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import sys
 from typing import Any
 
 import torch
@@ -161,6 +163,16 @@ BUILD: dict[str, Any] = {
         ),
     ),
 }
+
+
+def _through_the_interface(name: str) -> bool:
+    """Older transformers have attention of their own in some families (T5, Swin, ModernBERT)."""
+    return hasattr(sys.modules[BUILD[name]()[0].__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+# Before 5.1 or later (5.0.0 and 5.23.0 were run): fewer families, masks asked for by position.
+OLD = "cache_position" in inspect.signature(hf.masking_utils.sdpa_mask).parameters
+FAMILIES = [name for name in BUILD if not OLD or _through_the_interface(name)]
 DECODERS = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "gpt_oss", "llama4", "deepseek_v3")
 EAGER_ONLY = ("gpt_oss",)
 _QUERIES = ("q_proj.", "query.", "c_attn.", ".q.", "q_b_proj.", "attn.Wqkv.")
