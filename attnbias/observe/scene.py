@@ -216,7 +216,11 @@ class Scene:
             weight = torch.where(self.real, 0.0, HIDDEN)[:, None].expand(-1, heads, -1)
             query = self.query.new_zeros(self.batch, heads, self.queries, 8)
             key = self.query.new_zeros(self.batch, heads, self.keys, 8)
-            self._kept["visible"] = exchanged(self, query, key, weight, masks).exp().round()
+            found = exchanged(self, query, key, weight, masks).exp().round()
+            for term in [] if self.own is None else self.own.terms():
+                if isinstance(term, KeyBias):  # a bias per key may hide keys too
+                    found = found * (term.dense()[:, :, 0] > HIDDEN)
+            self._kept["visible"] = found
         return self._kept["visible"]
 
     @property

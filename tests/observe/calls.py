@@ -35,11 +35,13 @@ class FakeCall:
 class DenseMap:
     """A map laid out by absolute positions; NaN where a row has no such query or key.
 
-    p: (B, H, Q, K) float64; visible: (B, 1 | H, Q, K) bool, by the model's own masks.
+    p: (B, H, Q, K) float64; visible: (B, H, Q, K) bool, by the model's own masks;
+    has_key: (B, 1, K) bool.
     """
 
     p: Tensor
     visible: Tensor
+    has_key: Tensor
     spans: dict[str, Any]
 
     @property
@@ -47,10 +49,11 @@ class DenseMap:
         """(B, H, Q): the queries that are tokens and see something."""
         return (~self.p.isnan()).any(-1)
 
-    @property
-    def has_key(self) -> Tensor:
-        """(B, H, K)."""
-        return (~self.p.isnan()).any(-2)
+
+def has_key(keys: Tensor) -> Tensor:
+    """(B, 1, K): which key positions a row has, from the positions of its slots (B, M)."""
+    length = keys.amax(-1, keepdim=True) + 1
+    return (torch.arange(int(keys.max()) + 1) < length)[:, None]
 
 
 def by_position(p: Tensor, visible: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +99,7 @@ def dense_of(call: FakeCall, extra: ab.Bias | None = None, spans: Any = None) ->
     queries = call.query_positions.expand(batch, -1)
     keys = call.key_positions.expand(batch, -1)
     laid, seen = by_position(p, own, queries, keys)
-    return DenseMap(laid, seen, spans or {})
+    return DenseMap(laid, seen, has_key(keys), spans or {})
 
 
 def random_call(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import attnbias as ab
 from attnbias.observe import Seen
-from tests.observe.calls import DenseMap, by_position
+from tests.observe.calls import DenseMap, by_position, has_key
 
 TEXT = [
     "Once upon a time there was a little girl who liked to play in the garden with her dog.",
@@ -83,7 +83,7 @@ class Scenario:
             (r.long().cumsum(-1) - 1).masked_fill(~r, -1) for r in (query_real, key_real)
         )
         laid, visible = by_position(p, seen[:, None], queries, keys)
-        return DenseMap(laid, visible, self.spans)
+        return DenseMap(laid, visible, has_key(keys), self.spans)
 
 
 def sharpen(model: nn.Module, factor: float = 2.0) -> nn.Module:
@@ -396,6 +396,50 @@ def _bart(request: pytest.FixtureRequest) -> Scenario:
     )
 
 
+@functools.cache
+def t5_model() -> nn.Module:
+    """Position biases, drawn from N(0, 1): they are born small."""
+    from transformers import T5Config, T5Model
+
+    torch.manual_seed(6)
+    model = T5Model(
+        T5Config(
+            vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4,
+            relative_attention_num_buckets=8, dropout_rate=0.0,
+        )
+    ).eval()  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name:
+            parameter.data.normal_()
+        elif name.endswith((".q.weight", ".k.weight")):
+            parameter.data.normal_(std=0.2)
+    return model
+
+
+def _t5(request: pytest.FixtureRequest) -> Scenario:
+    bart = _bart(request)
+    return replace(
+        bart, model=t5_model(), _maps=None, run=lambda one: [one(**bart.whole).last_hidden_state]
+    )
+
+
+@functools.cache
+def clip_model() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(7)
+    size = {
+        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "initializer_range": 0.2,
+    }  # fmt: skip
+    config = CLIPConfig(
+        text_config={**size, "vocab_size": 64, "eos_token_id": 63},
+        vision_config={**size, "image_size": 48, "patch_size": 8},
+        projection_dim=16,
+    )
+    return sharpen(CLIPModel(config), 4.0)
+
+
 STEPS = [32, *range(33, 41)]
 SCENARIOS: dict[str, Callable[[pytest.FixtureRequest], Scenario]] = {
     "minilm, padded": _minilm,
@@ -416,6 +460,7 @@ SCENARIOS: dict[str, Callable[[pytest.FixtureRequest], Scenario]] = {
     "gpt-oss, sinks, decoding": _gpt_oss(STEPS),
     "vit": _vit,
     "bart": _bart,
+    "t5, position bias": _t5,
 }
 _made: dict[str, Scenario] = {}
 

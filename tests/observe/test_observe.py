@@ -270,6 +270,38 @@ def test_sees_the_attention_that_a_steer_context_makes(model: nn.Module, heads: 
         close(seen.tensor("entropy").values[0, 0], -torch.xlogy(edited, edited).sum(-1))
 
 
+def test_two_observers_see_the_same(model: nn.Module) -> None:
+    with (
+        torch.no_grad(),
+        ab.observe(model, [s.Entropy()]) as outer,
+        ab.observe(model, [s.Entropy()], layers=[2]) as inner,
+    ):
+        model(input_ids=ids())
+    want = outer.tensor("entropy").values[:, 2:3]
+    assert torch.equal(inner.tensor("entropy").values, want)
+
+
+def test_two_towers_are_kept_apart() -> None:
+    one = models.clip_model()
+    pixels = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    given = {"input_ids": models.tokens(2, 20), "pixel_values": pixels}
+    with torch.no_grad(), ab.observe(one, [s.Received(), s.Distance()]) as seen:
+        one(**given)
+    with pytest.raises(AttnbiasError, match=r"tower must be one of .*, got None"):
+        seen.tensor("received")
+    twin = copy.deepcopy(one)
+    twin.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.no_grad():
+        out = twin(**given, output_attentions=True)
+    for tower, maps in (
+        ("text", out.text_model_output.attentions),
+        ("vision", out.vision_model_output.attentions),
+    ):
+        got = seen.tensor("received", tower=tower).values[0]
+        close(got, torch.stack([p.double().sum(-2) for p in maps]))
+        assert {r.layer for r in seen.table().where(tower=tower)} == {0, 1}
+
+
 # Choosing -----------------------------------------------------------------------------------------
 
 

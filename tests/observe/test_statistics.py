@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -114,4 +116,4 @@ class TestShareOfOneSpan(TestShare):
         return s.Share(("middle",))
 
     def dense(self, whole: DenseMap) -> Tensor:
-        return super().dense(DenseMap(whole.p, whole.visible, {"m": whole.spans["middle"]}))
+        return super().dense(replace(whole, spans={"m": whole.spans["middle"]}))

@@ -61,7 +61,7 @@ class Share(Statistic):
 
     def _groups(self, scene: Scene) -> Tensor:
         names = self._names(tuple(scene.spans))
-        return torch.stack([scene.in_span(n) for n in names], -1).float()
+        return torch.stack([scene.in_span(n) for n in names], -1).to(scene.query)
 
     def tile(self, tile: Tile) -> Tensor:
         groups = self._groups(tile.scene)[tile.batch, tile.cols]
