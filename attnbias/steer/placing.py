@@ -85,17 +85,17 @@ def _index(bias: Bias, index: tuple[int, ...]) -> Bias:
     if bias.heads == 1 and -1 not in index:
         return bias
     if isinstance(bias, KeyBias):
-        return KeyBias(_gather(bias.weight, index))
+        return KeyBias(gather(bias.weight, index))
     if isinstance(bias, Relative):
-        table = _gather(bias.table, index)
+        table = gather(bias.table, index)
         return Relative(table, queries=bias.queries, keys=bias.keys, offset=bias.offset)
     if isinstance(bias, Bucketed):
-        rows = None if bias.rows is None else _gather(bias.rows, index, fill=False)
-        return Bucketed(_gather(bias.table, index), rows, _gather(bias.cols, index, fill=False))
+        rows = None if bias.rows is None else gather(bias.rows, index, fill=False)
+        return Bucketed(gather(bias.table, index), rows, gather(bias.cols, index, fill=False))
     return OnHeads(bias, index)
 
 
-def _gather(tensor: Tensor, index: tuple[int, ...], fill: bool = True) -> Tensor:
+def gather(tensor: Tensor, index: tuple[int, ...], fill: bool = True) -> Tensor:
     """Heads (dimension 1) by number; -1 gives zeros (or, for class numbers, any head)."""
     if tensor.shape[1] == 1 and not (fill and -1 in index):
         return tensor

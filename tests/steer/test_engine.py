@@ -13,8 +13,8 @@ from torch import Tensor
 import attnbias as ab
 from attnbias.bias import Causal, Dense, KeyBias, Padding, Relative, Segments
 from attnbias.hub import Call, attach
-from attnbias.steer.engine import log_ratio
 from attnbias.steer.placing import OnHeads, place, reach, take
+from attnbias.steer.shares import log_ratio
 from tests.cases.rule import RELATIVE, Watch, off
 from tests.steer.dense import DenseEdit, Map, give, multiply, rewritten
 from tests.steer.models import Subject, make
@@ -176,6 +176,10 @@ def test_batch_rows_without_the_span_are_plain(mistral: Subject) -> None:
         ({"shares": lambda m: m * 0.9}, "keep the total"),
         ({"shares": lambda m: m, "groups_value": torch.zeros(1, 1, 13)}, "must return integers"),
         ({"shares": lambda m: m, "groups_value": torch.zeros(13).long()}, "must return integers"),
+        (
+            {"shares": lambda m: m, "groups_value": torch.full((1, 1, 13), -1)},
+            "must hold numbers from 0 to .*, got -1",
+        ),
     ],
 )
 def test_hooks_are_checked(mistral: Subject, fields: dict[str, Any], words: str) -> None:
@@ -265,22 +269,44 @@ def test_groups_may_differ_per_row_and_head(request: pytest.FixtureRequest) -> N
     assert off(subject.run(), found) > 30 * RELATIVE
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize("share", [0.6, 0.0])
 @torch.no_grad()
-def test_half_precision(dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    """In half formats the edited call errs no more than the plain one does."""
+def test_half_precision(how: str, share: float, request: pytest.FixtureRequest) -> None:
+    """In half formats the edited call errs about as much as the plain one does."""
     subject = make("stories", request)
-    rules = (SetShare(keys=[1, 2], share=0.6, heads="all"), ZeroTuning(factor=3.0, heads=[0, 3]))
+    rules = (SetShare(keys=[1, 2], share=share, heads="all"), ZeroTuning(factor=3.0, heads=[0, 3]))
     plain = subject.run()
     with ab.steer(subject.model, *rules):
         exact = subject.run()
-    subject.model.to(dtype)
-    plain_error = off(subject.run().float(), plain)
-    with ab.steer(subject.model, *rules):
-        found = subject.run()
-    assert found.dtype == dtype
+    if how == "autocast":
+        context: Any = torch.autocast("cpu", torch.bfloat16)
+    else:
+        context = contextlib.nullcontext()
+        subject.model.to(getattr(torch, how))
+    with context:
+        plain_error = off(subject.run().float(), plain)
+        with ab.steer(subject.model, *rules):
+            found = subject.run()
+    assert found.dtype == (torch.bfloat16 if how == "autocast" else getattr(torch, how))
     assert off(found.float(), exact) < 3 * plain_error
     assert off(plain, exact) > 5 * plain_error
+
+
+@torch.no_grad()
+def test_a_share_of_nothing_hides_the_keys(subject: Subject) -> None:
+    """New shares of exactly 0, in values and in gradients."""
+    rule = SetShare(keys=[1, 2], share=0.0, heads=[0, 2])
+    with ab.steer(subject.model, rule):
+        found = subject.run()
+        with torch.enable_grad():
+            subject.run().square().mean().backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in subject.model.parameters())
+    eager = subject.eager()
+    length = 17 if subject.name == "vit" else 13
+    edit = DenseEdit(give(at(1, 2), 0.0), heads=[0, 2])
+    with rewritten(eager, [edit], torch.arange(length)[None]):
+        assert off(found, subject.run(eager)) < RELATIVE
 
 
 # Entering --------------------------------------------------------------------------------------

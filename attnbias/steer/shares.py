@@ -1,0 +1,117 @@
+"""Shares of attention: how new shares become an edit, and how that edit is computed fast.
+
+A reallocation is the bias ``log(new / old)[i, g(j)]``. It has rank G, so it rides along as G more
+columns of query and key: the fused operator then computes it with no mask of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attnbias.bias import Bucketed
+from attnbias.errors import AttnbiasError
+from attnbias.steer.placing import gather
+
+if TYPE_CHECKING:
+    from attnbias.hub import Call
+
+TOLERANCE = 1e-4  # how far returned shares may miss the total of their row
+# Below this a share has lost its digits (float32 ends at 1e-38), and counts as none.
+NO_MASS = {torch.float32: 1e-30, torch.float64: 1e-290}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One reallocation: the table ``(batch, heads, queries, groups)``, the groups, the heads."""
+
+    table: Tensor
+    groups: Tensor
+    heads: tuple[int, ...]
+
+    def bias(self) -> Bucketed:
+        """The same as a bias on its own heads."""
+        return Bucketed(self.table, None, self.groups)
+
+    def apply(
+        self, query: Tensor, key: Tensor, value: Tensor, heads: Sequence[int], scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append the table to the queries of `heads` and the one-hot groups to the keys.
+
+        A half-precision query takes the table in three parts, whose sum has 24 bits: the operator
+        adds products in float32.
+        """
+        index = tuple(self.heads.index(head) if head in self.heads else -1 for head in heads)
+        # Minus infinity times the 0 of another group would be NaN; this is as good as that.
+        hidden = -3e4 if query.dtype == torch.float16 else -1e30
+        table = gather(self.table, index) / scale
+        rest = torch.where(table == -torch.inf, hidden, table)
+        parts = [rest.to(query.dtype)]
+        if query.dtype in (torch.float16, torch.bfloat16):
+            for _ in range(2):
+                rest = rest - parts[-1].to(rest.dtype)
+                parts.append(rest.to(query.dtype))
+        groups = gather(self.groups, index, fill=False)
+        columns = torch.nn.functional.one_hot(groups.long(), self.table.shape[-1]).to(key.dtype)
+        if groups.shape[1] > 1:
+            key, value = (repeat(t, len(heads)) for t in (key, value))
+        columns = columns.expand(key.shape[0], key.shape[1], -1, -1)
+        return torch.cat([query, *parts], -1), torch.cat([key] + [columns] * len(parts), -1), value
+
+
+def repeat(tensor: Tensor, heads: int) -> Tensor:
+    """Grouped keys or values, one per query head."""
+    count = tensor.shape[1]
+    return tensor if count == heads else tensor.repeat_interleave(heads // count, 1)
+
+
+def on_heads(call: Call, heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of some query heads; grouped keys are not repeated where the choice
+    allows.
+    """
+    query, key, value = call.query, call.key, call.value
+    total, group = query.shape[1], query.shape[1] // key.shape[1]
+    if list(heads) == list(range(total)):
+        return query, key, value
+    index = torch.tensor(heads, device=query.device)
+    counts: dict[int, int] = {}
+    for head in heads:
+        counts[head // group] = counts.get(head // group, 0) + 1
+    even = len(set(counts.values())) == 1
+    owners = torch.tensor(
+        sorted(counts) if even else [head // group for head in heads], device=query.device
+    )
+    return query.index_select(1, index), key.index_select(1, owners), value.index_select(1, owners)
+
+
+def log_ratio(old: Tensor, new: Tensor, name: str) -> Tensor:
+    """``log(new / old)``, the bias that turns old shares into new ones; 0 where nothing changes.
+
+    The total of a row stays as it is, so the model's sink logit and the normalisation stay too.
+
+    Raises:
+        AttnbiasError: a share that is negative or not finite, a row with another total, or a share
+            for a group that has no mass (none of its keys is visible there).
+    """
+    with torch.no_grad():
+        if not bool(torch.isfinite(new).all()) or bool((new < 0).any()):
+            raise AttnbiasError(f"{name}.reallocate returned a share below 0 or not finite.")
+        if bool(((new > 0) & (old <= 0)).any()):
+            raise AttnbiasError(
+                f"{name}.reallocate gives attention to a group that has none: a group whose keys "
+                "are all hidden from a query cannot receive; return such rows unchanged."
+            )
+        miss = float((new.sum(-1) - old.sum(-1)).abs().max()) if new.numel() else 0.0
+        if miss > TOLERANCE:
+            raise AttnbiasError(
+                f"{name}.reallocate must keep the total of each row, got one that is off by "
+                f"{miss:.2g}."
+            )
+    # Logarithms first: the ratio itself may overflow. Equal shares give exactly 0.
+    some = torch.where(old > 0, new, 1.0)
+    log_new = torch.where(some > 0, torch.where(some > 0, some, 1.0).log(), -torch.inf)
+    return log_new - torch.where(old > 0, old, 1.0).log()
