@@ -96,19 +96,22 @@ class Recipe:
         return cls(rules, str(name), getattr(config, "_commit_hash", None))
 
     def to_json(self) -> str:
-        """The recipe as JSON text."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "library": self.library,
-                "model": self.model,
-                "revision": self.revision,
-                "rules": [{"rule": rule_name(rule), **_parameters(rule)} for rule in self.rules],
-            },
-            indent=2,
-            allow_nan=False,
-            ensure_ascii=False,
-        )
+        """The recipe as JSON text.
+
+        Raises:
+            AttnbiasError: a rule of no installed package, or with a field that JSON cannot hold.
+        """
+        whole = {
+            "format": FORMAT,
+            "library": self.library,
+            "model": self.model,
+            "revision": self.revision,
+            "rules": [{"rule": rule_name(rule), **_parameters(rule)} for rule in self.rules],
+        }
+        try:
+            return json.dumps(whole, indent=2, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise AttnbiasError(f"the recipe cannot be written as JSON: {error}.") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as JSON, whole or not at all.

@@ -140,6 +140,15 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert path.read_text() == before
 
 
+def test_a_field_that_json_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ab.steer.recipe.BUILT_IN, "SetShare", SetShare)
+    for share in (float("nan"), object()):
+        rule = SetShare(keys=[0], share=share, heads="all")  # type: ignore[arg-type]
+        with pytest.raises(ab.AttnbiasError, match="cannot be written as JSON"):
+            ab.Recipe([rule], "some/model").save(tmp_path / "recipe.json")
+    assert list(tmp_path.iterdir()) == []
+
+
 def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
