@@ -92,6 +92,8 @@ def observe(
     forward without past starts a new one. Beam search, assisted decoding and any other change of
     rows or step back between two forwards is refused, since observing it would mix sequences.
 
+    Each run keeps O(tokens) numbers for each head and statistic; nothing grows with their square.
+
     Args:
         model: a Hugging Face model that `support` says can be observed.
         statistics: a list of statistics (``statistics.Received()``), classes or names

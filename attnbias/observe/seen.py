@@ -71,7 +71,11 @@ class Seen:
 
     @property
     def runs(self) -> int:
-        """How many runs there were: prefills, each with the steps that continue it."""
+        """How many runs there were: prefills, each with the steps that continue it.
+
+        A tower that a model calls several times in one forward (for each image, or each window of
+        one) has a run for each of these calls.
+        """
         return max((len(found) for found in self._runs.values()), default=0)
 
     def table(self, run: int | None = None) -> Table:

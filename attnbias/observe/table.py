@@ -87,7 +87,7 @@ class Table(list[Row]):
         """
         rows = [[*row[:4], None if math.isnan(row.value) else row.value] for row in self]
         payload = {"schema": SCHEMA, **self.meta, "columns": list(COLUMNS), "rows": rows}
-        return json.dumps(payload, indent=1, allow_nan=False) + "\n"
+        return json.dumps(payload, indent=1, allow_nan=False, default=str) + "\n"
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame; needs pandas."""

@@ -135,13 +135,13 @@ from typing import ClassVar
 from attnbias.statistics import Statistic
 
 @dataclass(frozen=True)
-class Largest(Statistic):
-    """The largest probability of a row: does not add up over parts of a row, so rows are whole."""
-    name: ClassVar[str] = "largest"
+class Peak(Statistic):
+    """The sum of the squares of a row."""
+    name: ClassVar[str] = "peak"
     def tile(self, tile):
-        return tile.probabilities.amax(-1)
+        return tile.probabilities.square().sum(-1)
 
-class Thief(Largest):
+class Thief(Peak):
     name = "entropy"
 '''
 
@@ -155,7 +155,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-statistics\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[attnbias.statistics]\nlargest = tiny_statistics:Largest\nthief = tiny_statistics:Thief\n"
+        "[attnbias.statistics]\npeak = tiny_statistics:Peak\nthief = tiny_statistics:Thief\n"
         "gone = tiny_statistics:Gone\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -164,16 +164,16 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_another_package_adds_a_statistic(plugin: None, stories: Path) -> None:
-    assert "largest" in s.available()
+    assert "peak" in s.available()
     assert "tiny_statistics" not in sys.modules
     model = models.stories_model(stories)
-    with torch.no_grad(), ab.observe(model, ["largest", "entropy"]) as seen:
+    with torch.no_grad(), ab.observe(model, ["peak", "entropy"]) as seen:
         out = model(input_ids=models.tokens(1, 20, 500))
     assert out.logits.shape[1] == 20
-    largest = seen.tensor("largest").values
-    assert float(largest.max()) <= 1 + 1e-6
-    assert float(largest.min()) >= 1 / 20
-    assert {r.statistic for r in seen.table()} == {"largest", "entropy"}
+    peak = seen.tensor("peak").values
+    assert float(peak.max()) <= 1 + 1e-6
+    assert float(peak.min()) >= 1 / 20
+    assert {r.statistic for r in seen.table()} == {"peak", "entropy"}
 
 
 def test_a_bad_addition_is_named(plugin: None) -> None:
@@ -181,5 +181,5 @@ def test_a_bad_addition_is_named(plugin: None) -> None:
         s.by_name("thief")
     with pytest.raises(AttnbiasError, match="'gone'"):
         s.by_name("gone")
-    with pytest.raises(AttnbiasError, match=r"no statistic is called 'x'.*share, gone, largest"):
+    with pytest.raises(AttnbiasError, match=r"no statistic is called 'x'.*share, gone, peak"):
         s.by_name("x")

@@ -378,6 +378,7 @@ def test_spans_by_row_must_fit_the_batch(model: nn.Module) -> None:
         (lambda: s.Received("mean"), "one of sum, queries, visible, got 'mean'"),
         (lambda: s.SinkRate(threshold=1.5), "between 0 and 1, got 1.5"),
         (lambda: s.SinkRate(threshold=float("nan")), "between 0 and 1"),
+        (lambda: s.SinkRate(threshold="0.3"), "between 0 and 1, got '0.3'"),
         (lambda: s.SinkRate(token=-1), "position of 0 or more, got -1"),
         (lambda: s.Share("first"), "tuple of span names, got 'first'"),
         (lambda: s.Share(()), "tuple of span names"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnbias.observe.registry import available, by_name
+from attnbias.observe.scene import Scene
 from attnbias.observe.statistic import Gathered, State, Statistic
 from attnbias.observe.statistics.distance import Distance
 from attnbias.observe.statistics.entropy import Entropy
@@ -10,6 +11,7 @@ from attnbias.observe.statistics.first_token import FirstToken
 from attnbias.observe.statistics.received import Received
 from attnbias.observe.statistics.share import Share
 from attnbias.observe.statistics.sink_rate import SinkRate
+from attnbias.observe.tiles import Tile
 
 BUILTIN = ("Received", "Entropy", "FirstToken", "SinkRate", "Distance", "Share")
 
@@ -20,10 +22,12 @@ __all__ = [
     "FirstToken",
     "Gathered",
     "Received",
+    "Scene",
     "Share",
     "SinkRate",
     "State",
     "Statistic",
+    "Tile",
     "available",
     "by_name",
 ]

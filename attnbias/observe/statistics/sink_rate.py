@@ -40,7 +40,8 @@ class SinkRate(Statistic):
     token: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
+        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        if not (number and 0 <= self.threshold <= 1):
             raise AttnbiasError(
                 f"SinkRate(threshold) must lie between 0 and 1, got {self.threshold!r}."
             )
