@@ -216,6 +216,7 @@ def _words(
         there = back[here]
         by_layer = own[:, here].sum(1) / flat[:, here].sum(1)
         moved = (mixed[:, there].sum(1) / flat[:, there].sum(1)).mean()
+        place = (mixed[:, here].sum(1) / flat[:, here].sum(1)).mean()
         random = (born[:, here].sum(1) / flat[:, here].sum(1)).mean()
         found.append(
             Word(
@@ -226,6 +227,7 @@ def _words(
                 received=float(by_layer.mean()),
                 by_layer=tuple(by_layer.tolist()),
                 shuffled=float(moved),
+                in_place=float(place),
                 random=float(random),
                 gap=piece.gap,
             )

@@ -95,6 +95,7 @@ class Word:
         received: times the even share, mean over layers and heads.
         by_layer: the same for each layer (rows as in `ReportData.layers`), mean over its heads.
         shuffled: `received` of the same tokens in their place in the shuffled text.
+        in_place: `received` of what stands in this place in the shuffled text.
         random: `received` with random weights.
         gap: the white space that follows it in the text.
     """
@@ -106,6 +107,7 @@ class Word:
     received: float
     by_layer: tuple[float, ...]
     shuffled: float
+    in_place: float
     random: float
     gap: str = " "
 

@@ -40,7 +40,7 @@
     const where = select.value === "all" ? "mean of all layers" : select.selectedOptions[0].textContent;
     readout.textContent = "“" + word.text + "” (word " + (i + 1) + "): " + times(value(word)) +
       " its even share (" + where + "). Controls, mean of all layers: words shuffled " +
-      times(word.shuffled) + ", random weights " + times(word.random) + ".";
+      times(word.shuffled) + " (what stands in its place then " + times(word.place) + "), random weights " + times(word.random) + ".";
   }
   function paint() {
     words.forEach((item, i) => {

@@ -89,6 +89,7 @@ def render(data: ReportData) -> bytes:
                 "all": _number(word.received),
                 "layers": [_number(x) for x in word.by_layer],
                 "shuffled": _number(word.shuffled),
+                "place": _number(word.in_place),
                 "random": _number(word.random),
             }
             for word in shown.words
@@ -178,7 +179,7 @@ def _words(data: ReportData) -> list[dict[str, Any]]:
     for word in data.words:
         level = sum(word.received >= edge for edge in LEVELS)
         times = _times(word.received)
-        cells = [f"{x:.3f}" for x in (word.received, word.shuffled, word.random)]
+        cells = [f"{x:.3f}" for x in (word.received, word.shuffled, word.in_place, word.random)]
         found.append({
             "text": word.text, "special": word.special, "level": level, "times": times,
             "gap": word.gap,

@@ -230,6 +230,21 @@ def _reading(found: int, kept: int, random: int) -> str:
     )
 
 
+def _word_reading(found: int, kept: int, placed: int, random: int, causal: bool) -> str:
+    """As `_reading`; `placed`: places over the threshold whatever word stands there."""
+    if not found or 2 * random >= found or 2 * placed < found or 2 * kept >= found:
+        return _reading(found, kept, random)
+    told = (
+        "It goes to places, not to words: other words shuffled into the same places receive it, "
+        "the same words elsewhere do not."
+    )
+    ends = (
+        " Each token sees only what is before it: the last ones are seen by few, so their even "
+        "share is small, and attention to near tokens weighs much against it."
+    )
+    return told + (ends if causal else "")
+
+
 def _word_finding(data: ReportData) -> Finding:
     def over(values: list[float]) -> int:
         return sum(value >= RECEIVED_TIMES for value in values)
@@ -239,6 +254,7 @@ def _word_finding(data: ReportData) -> Finding:
         over([getattr(word, name) for word in words]) for name in ("received", "shuffled", "random")
     )
     kept = over([min(word.received, word.shuffled) for word in words])
+    placed = over([min(word.received, word.in_place) for word in words])
     total, top = len(words), words[: max(1, min(3, found))]
     listed = ", ".join(f"“{word.text}” {times(word.received)}" for word in top)
     statement = (
@@ -258,7 +274,7 @@ def _word_finding(data: ReportData) -> Finding:
         statement=statement,
         strongest=f"The most: {listed} the even share.",
         controls=_word_controls(top[0], total, shuffled, random),
-        reading=_reading(found, kept, random),
+        reading=_word_reading(found, kept, placed, random, data.causal),
         threshold=(
             f"Threshold: a word with {times(RECEIVED_TIMES)} its even share, mean over all heads."
         ),
@@ -268,7 +284,7 @@ def _word_finding(data: ReportData) -> Finding:
 def _word_controls(top: Word, total: int, shuffled: int, random: int) -> tuple[str, str]:
     return (
         f"Same text, words shuffled: {shuffled} of {total} words; “{top.text}” "
-        f"{times(top.shuffled)}.",
+        f"{times(top.shuffled)}, what stands in its place {times(top.in_place)}.",
         f"Same architecture, random weights: {random} of {total} words; “{top.text}” "
         f"{times(top.random)}.",
     )

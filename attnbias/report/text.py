@@ -140,8 +140,14 @@ def _words(
 
 
 def _bounds(text: str, start: int, stop: int) -> tuple[int, int]:
-    """Where the word lies that a token at (start, stop) belongs to; white space is its own word."""
+    """Where the word lies that a token at (start, stop) belongs to.
+
+    Spaces right before a word belong to it; other white space, such as an empty line, is a word.
+    """
     inside = next((i for i in range(start, stop) if not text[i].isspace()), None)
+    before = text[start:stop].strip(" ") == "" and not text[stop : stop + 1].isspace()
+    if inside is None and before and start < stop < len(text):
+        inside = stop
     if inside is None:
         return start, stop
     left = right = inside

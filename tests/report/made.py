@@ -44,7 +44,7 @@ def even_map(kind: tuple[str, str, str, float], **changes: Any) -> Map:
 def even_word(text: str, place: int, special: bool = False, **changes: Any) -> Word:
     word = Word(
         text=text, special=special, tokens=(place, place + 1), share=1 / 13, received=1.0,
-        by_layer=(1.0,) * LAYERS, shuffled=1.01, random=0.99,
+        by_layer=(1.0,) * LAYERS, shuffled=1.01, in_place=1.02, random=0.99,
     )  # fmt: skip
     return replace(word, **changes)
 
@@ -72,6 +72,11 @@ def sink_data(**changes: Any) -> ReportData:
     )
     words = list(even_data().words)
     words[0] = replace(
-        words[0], received=6.2, share=0.477, by_layer=(2.0, 8.5, 9.0, 7.0, 6.0, 4.7), shuffled=6.0
+        words[0],
+        received=6.2,
+        in_place=6.0,
+        share=0.477,
+        by_layer=(2.0, 8.5, 9.0, 7.0, 6.0, 4.7),
+        shuffled=6.0,
     )
     return replace(even_data(), maps=(first, *rest), words=tuple(words), **changes)

@@ -105,7 +105,7 @@ def test_values_on_hover(plain):
     plain.page.locator("#words .word").nth(0).hover()
     told = plain.text("#word-readout")
     assert told.startswith("“[CLS]” (word 1): 6.2× its even share")
-    assert "words shuffled 6.0×, random weights 1.0×" in told
+    assert "words shuffled 6.0× (what stands in its place then 6.0×), random weights 1.0×" in told
 
 
 def test_values_by_keyboard_alone(plain):

@@ -97,6 +97,8 @@ def test_words_add_up_what_their_tokens_receive(loaded):
         moved = mixed.sum(2)[..., there].sum(-1).mean(1) / even[there].sum()
         assert word.by_layer == pytest.approx(by_layer.tolist(), rel=1e-4)
         assert word.received == pytest.approx(float(by_layer.mean()), rel=1e-4)
+        place = mixed.sum(2)[..., here].sum(-1).mean(1) / even[here].sum()
+        assert word.in_place == pytest.approx(float(place.mean()), rel=1e-4)
         assert word.shuffled == pytest.approx(float(moved.mean()), rel=1e-4)
         assert word.share == pytest.approx(float(own[..., here].sum(-1).mean()), rel=1e-4)
     assert sum(word.share for word in data.words) == pytest.approx(1, abs=1e-4)

@@ -114,6 +114,18 @@ def test_words_are_found_by_times_of_their_even_share():
     assert "“hub” 1.0 times" in one.controls[0]
 
 
+def test_a_place_that_receives_whatever_stands_there_is_told_from_a_word():
+    def read(**changes):
+        words = (even_word("a", 0), even_word("end", 1, received=50.0, **changes))
+        return finding(replace(even_data(), words=words), "received")
+
+    place = read(shuffled=1.0, in_place=40.0)
+    assert "places, not to words" in place.reading
+    assert "“end” 1.0 times, what stands in its place 40 times" in place.controls[0]
+    assert "places, not to words" not in read(shuffled=40.0, in_place=1.0).reading
+    assert "hangs on the order" in read(shuffled=1.0, in_place=1.0).reading
+
+
 def test_heads_without_a_number_are_left_out():
     first, *rest = sink_data().maps
     holes = replace(first, values=planted(first.values, {(1, 3): float("nan")}))
