@@ -260,17 +260,18 @@ def test_a_second_thread_is_refused() -> None:
 
 
 def test_a_second_thread_during_a_forward() -> None:
-    model = build("llama")
+    model: Any = build("llama")
     refused: list[BaseException] = []
 
     class Intruded(See):
         def see(self, call: Any, *rest: Any) -> None:
             super().see(call, *rest)
-            refused.extend(_in_thread(lambda: _run(model, "llama")))
+            for part in (model, model.model):  # the part is the one whose forward runs right now
+                refused.extend(_in_thread(lambda part=part: _run(part, "llama")))
 
     with attach(model, see := Intruded()):
         _run(model, "llama")
-    assert [type(one) for one in refused] == [Refused, Refused]
+    assert [type(one) for one in refused] == [Refused] * 4
     assert (see.began, see.ended) == ([0], [0])
 
 
@@ -482,3 +483,23 @@ def test_training_mode_with_dropout_is_stock() -> None:
             ours = model(tokens)
         assert torch.equal(plain.logits, ours.logits)
         assert len(outputs(ours)) == len(outputs(plain))
+
+
+def test_dropout_without_gradients_is_stock() -> None:
+    class Bystander(See):
+        def see(self, *_: Any) -> None:
+            self.calls.append({})
+
+    model: Any = build("gpt2").train()
+    model.config.attn_pdrop = 0.3
+    for block in model.transformer.h:
+        block.attn.attn_dropout.p = 0.3
+    with torch.no_grad():
+        torch.manual_seed(5)
+        plain = _run(model, "gpt2")
+        torch.manual_seed(5)
+        with attach(model, see := Bystander()):
+            ours = _run(model, "gpt2")
+        assert len(see.calls) == 2
+        assert same(plain, ours)
+        assert not same(plain, _run(model.eval(), "gpt2"))

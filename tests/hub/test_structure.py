@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from attnbias import Refused
-from attnbias.hub import MaskRequest, attach
+from attnbias.hub import Call, MaskRequest, attach, sites
 from attnbias.hub.registry import mask_function
 from tests.hub.models import FAMILIES, GROUPED, OLD, SIZES, See, build, inputs_of, masks, same
 
@@ -355,6 +355,24 @@ def test_log_sum_exp_is_free_where_it_can_be(attention: str) -> None:
     with attach(model, see := See()):
         model(**inputs_of("bart"))
     assert not any(one["lse"] for one in see.calls)
+
+
+def test_no_mask_means_what_the_implementation_makes_of_it() -> None:
+    # Eager sees everything; sdpa follows is_causal, the argument before the module's attribute.
+    model: Any = build("llama")
+    module = model.model.layers[0].self_attn
+    assert module.is_causal
+    tensors = (torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
+
+    def bias(original: str, **arguments: Any) -> Any:
+        session: Any = None
+        site = sites(model)[0]
+        return Call(session, site, module, tensors, None, arguments, original, print, 0, False).bias
+
+    assert bias("eager") is None
+    assert bias("eager", is_causal=True) is None
+    assert bias("sdpa", is_causal=False) is None
+    assert torch.equal(bias("sdpa").dense()[0, 0] == 0, torch.ones(3, 3).tril() == 1)
 
 
 def test_padding_costs_no_square_mask_where_it_is_observed() -> None:
