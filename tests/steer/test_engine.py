@@ -14,7 +14,7 @@ import attnbias as ab
 from attnbias.bias import Causal, Dense, KeyBias, Padding, Relative, Segments
 from attnbias.hub import Call, attach
 from attnbias.steer.placing import OnHeads, place, reach, take
-from attnbias.steer.shares import log_ratio
+from attnbias.steer.shares import Fold, log_ratio
 from tests.cases.rule import RELATIVE, Watch, off
 from tests.steer.dense import DenseEdit, Map, give, multiply, rewritten
 from tests.steer.models import Subject, make
@@ -144,6 +144,8 @@ def test_queries_that_do_not_see_the_key_are_plain(mistral: Subject, kind: str) 
         if kind == "bias"
         else SetShare(keys=[4], share=0.9, heads="all")
     )
+    # The eager route rounds differently from ours, so rows that we computed would show.
+    mistral.model.set_attn_implementation("eager")
     edited, plain = first_layer(mistral, rule)
     same = (edited == plain).all(-1).all(-1).all(0)
     # The window of 6: query i sees keys i - 5 to i.
@@ -153,12 +155,43 @@ def test_queries_that_do_not_see_the_key_are_plain(mistral: Subject, kind: str) 
 @torch.no_grad()
 def test_batch_rows_without_the_span_are_plain(mistral: Subject) -> None:
     rule = KeyShift(keys="question", amount=2.0, heads="all")
+    mistral.model.set_attn_implementation("eager")
     spans = {"question": [(2, 4), None]}
     edited, plain = first_layer(mistral, rule, spans=spans)
     assert torch.equal(edited[1], plain[1])
     assert not torch.equal(edited[0], plain[0])
     alone, _ = first_layer(mistral, rule, spans={"question": (2, 4)})
     assert torch.equal(alone[0], edited[0])
+
+
+@torch.no_grad()
+def test_padding_queries_are_plain(mistral: Subject) -> None:
+    mistral.model.set_attn_implementation("eager")
+    keep = torch.ones_like(mistral.inputs["input_ids"])
+    keep[1, 9:] = 0
+    mistral.inputs["attention_mask"] = keep
+    for rule in (
+        KeyShift(keys=range(13), amount=2.0, heads=[0]),
+        SetShare(keys=range(5, 8), share=0.9, heads=[1]),
+    ):
+        edited, plain = first_layer(mistral, rule)
+        assert torch.equal(edited[1, 9:], plain[1, 9:])
+        assert not torch.equal(edited[1, :9], plain[1, :9])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_folded_columns_keep_their_digits(dtype: torch.dtype) -> None:
+    """Columns of query times columns of key give the table, also in half formats."""
+    table = 8 * torch.randn(2, 3, 5, 4)
+    groups = torch.randint(0, 4, (2, 1, 6))
+    query, key, value = (torch.zeros(2, h, n, 8, dtype=dtype) for h, n in ((4, 5), (2, 6), (2, 6)))
+    fold = Fold(table, groups, (0, 2, 3))
+    query, key, value = fold.apply(query, key, value, range(4), 0.3)
+    assert query.dtype == key.dtype == dtype
+    found = query.double() @ key.double().repeat_interleave(2, 1).mT * 0.3
+    wanted = torch.zeros(2, 4, 5, 6)
+    wanted[:, [0, 2, 3]] = fold.bias().dense()
+    assert off(found, wanted) < 1e-6
 
 
 # Hooks that return nonsense ----------------------------------------------------------------------
