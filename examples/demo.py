@@ -167,7 +167,7 @@ def decode() -> None:
     console.print(table)
 
 
-def compute(length: int = 2048, rounds: int = 9) -> None:
+def compute(length: int = 2048, rounds: int = 7) -> None:
     """Time biased against plain attention in one run, one round of all ways after the other."""
     console.rule("4. Compute: attention under a bias, against plain attention")
     generator = torch.Generator().manual_seed(0)
@@ -186,31 +186,41 @@ def compute(length: int = 2048, rounds: int = 9) -> None:
         "key bias, causal": lambda: ab.attention(q, k, v, bias=key, causal=True),
         "ALiBi, causal": lambda: ab.attention(q, k, v, bias=alibi, causal=True),
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with more, waits for a busy core would be told as the cost of a bias
-    times = interleaved(ways, rounds)
-    torch.set_num_threads(threads)
-    title = f"{length} tokens, 8 heads of 64, float32, one thread, median of {rounds} rounds"
-    shown = Table(title=title)
-    for name in ("attention", "median", "against plain"):
-        shown.add_column(name, justify="left" if name == "attention" else "right")
-    for name, seconds in times.items():
-        base = times["plain, causal" if "causal" in name else "plain"]
-        shown.add_row(name, f"{1e3 * seconds:.0f} ms", f"{seconds / base:.2f}")
+    counts = sorted({1, torch.get_num_threads()})
+    times = interleaved(ways, rounds, counts)
+    shown = Table(title=f"{length} tokens, 8 heads of 64, float32, median of {rounds} rounds")
+    shown.add_column("attention")
+    for count in counts:
+        shown.add_column(f"{count} thread{'s' * (count > 1)}: time", justify="right")
+        shown.add_column("against plain", justify="right")
+    for name in ways:
+        cells = []
+        for count in counts:
+            base = times[count, "plain, causal" if "causal" in name else "plain"]
+            cells += [f"{1e3 * times[count, name]:.0f} ms", f"{times[count, name] / base:.2f}"]
+        shown.add_row(name, *cells)
     console.print(shown)
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    console.print(f"Measured as the machine is{load}; benchmarks/ holds the recorded grid.")
 
 
-def interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each way; every round runs all of them, so that drift hits all alike."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+def interleaved(
+    ways: dict[str, Callable[[], Any]], rounds: int, counts: list[int]
+) -> dict[tuple[int, str], float]:
+    """Median seconds by (threads, way); every round runs all, so that drift hits all alike."""
+    found: dict[tuple[int, str], list[float]] = {(n, name): [] for n in counts for name in ways}
+    before = torch.get_num_threads()
     with torch.no_grad():
         for turn in range(rounds + 1):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way()
-                if turn:  # the first round warms up
-                    found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+            for count in counts:
+                torch.set_num_threads(count)
+                for name, way in ways.items():
+                    start = time.perf_counter()
+                    way()
+                    if turn:  # the first round warms up
+                        found[count, name].append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return {key: statistics.median(seconds) for key, seconds in found.items()}
 
 
 if __name__ == "__main__":
