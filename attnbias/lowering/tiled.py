@@ -4,7 +4,7 @@ operator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -99,10 +99,12 @@ def tiles(bias: Bias, query: Tensor, key: Tensor) -> Iterator[_Tile]:
     batch, heads, n = query.shape[:3]
     m, group = key.shape[2], heads // key.shape[1]
     rows = max(1, min(ROWS, ENTRIES // m))
-    if bias.heads == 1:
-        whole = [(slice(0, heads), slice(0, key.shape[1]))]
-    else:
-        whole = [(slice(h, h + 1), slice(h // group, h // group + 1)) for h in range(heads)]
+    # Several heads in one call keep the cores busy and the calls few.
+    together = heads if bias.heads == 1 else whole_heads(heads, group, ENTRIES // (rows * m))
+    whole = [
+        (slice(h, h + together), slice(h // group, (h + together - 1) // group + 1))
+        for h in range(0, heads, together)
+    ]
     parts = [slice(0, batch)] if bias.batch == 1 else [slice(b, b + 1) for b in range(batch)]
     for part in parts:
         seen = bias if len(parts) == 1 else bias[part, :, :, :]
@@ -113,6 +115,12 @@ def tiles(bias: Bias, query: Tensor, key: Tensor) -> Iterator[_Tile]:
                 continue
             for head, key_head in whole:
                 yield _Tile(part, head, key_head, row, slice(first, last))
+
+
+def whole_heads(heads: int, group: int, limit: int) -> int:
+    """How many heads make a tile: at most `limit`, whole groups or a part of one, no remainder."""
+    fits = [n for n in range(1, heads + 1) if heads % n == 0 and (group % n == 0 or n % group == 0)]
+    return max((n for n in fits if n <= limit), default=1)
 
 
 def _span(bias: Bias, rows: slice, keys: int) -> tuple[int, int]:
@@ -179,21 +187,24 @@ def _mask(tile: _Tile, rest: Bias | None, band: _Band, query: Tensor) -> Tensor 
     else:
         mask = tile.dense(rest, query)
     if edges:
-        mask = _hide(mask, low, high, shape)
+        mask = _hide(mask, (low, high), shape, () if rest is None else rest.parameters())
     # The operator does not read entries that broadcast over keys (stride 0).
     if mask.shape[-1] != shape[-1] or mask.stride(-1) != 1:
         mask = mask.expand(*mask.shape[:-1], shape[-1]).contiguous()
     return mask.to(plain.working(query.dtype)).expand(shape)
 
 
-def _hide(mask: Tensor, low: int | None, high: int | None, shape: tuple[int, ...]) -> Tensor:
-    # A copy: the tile may be a view of a stored parameter, or one row for all queries.
-    own = (
-        mask.detach()
-        .expand(*mask.shape[:2], *shape[2:])
-        .clone(memory_format=torch.contiguous_format)
-    )
-    return hide_outside(own, low, high)
+def _hide(
+    mask: Tensor, band: _Band, shape: tuple[int, ...], parameters: Iterable[Tensor]
+) -> Tensor:
+    """The tile with its hidden entries at minus infinity; what is stored stays as it is."""
+    mask = mask.detach()
+    stored = {p.untyped_storage().data_ptr() for p in parameters}
+    fresh = mask.shape[2:] == shape[2:] and mask.untyped_storage().data_ptr() not in stored
+    if not fresh:  # a view of a parameter, or one row for all queries
+        mask = mask.expand(*mask.shape[:2], *shape[2:])
+        mask = mask.clone(memory_format=torch.contiguous_format)
+    return hide_outside(mask, *band)
 
 
 def _backward(
@@ -261,7 +272,7 @@ def _backward_with_bias(
         low, high = tile.band(band)
         edges = low is not None or high is not None
         shape = (0, 0, tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start)
-        seen = _hide(mask, low, high, shape) if edges else mask.detach()
+        seen = _hide(mask, (low, high), shape, leaves) if edges else mask.detach()
         a, b, c, score = plain.backward(
             tile.queries(query),
             tile.keys(key),
