@@ -183,6 +183,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="tiny lengths, written to out/ instead")
     made.add_argument("--only", type=int, nargs="+", metavar="N", help="only these lengths")
     made.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="only these dtypes")
+    made.add_argument("--mask", choices=("full", "causal"), help="only this mask")
+    made.add_argument("--direction", choices=("forward", "forward+backward"), help="only this")
     made.add_argument("--fresh", action="store_true", help="measure again what is there already")
     made.add_argument("--threads", type=int, help="threads of torch (its own choice when left out)")
     made.add_argument("--budget", type=float, default=15.0, help="seconds of a group, roughly")
@@ -226,6 +228,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, found = target(args, common.machine(torch.get_num_threads()))
     groups, current = found["groups"], common.fingerprint(*MEASURED)
     todo = problems(lengths, args.dtype or list(DTYPES))
+    if args.mask:
+        todo = [p for p in todo if p.causal == (args.mask == "causal")]
+    if args.direction:
+        todo = [p for p in todo if p.backward == (args.direction != "forward")]
     if not args.fresh:
         todo = [p for p in todo if groups.get(key_of(p), {}).get("fingerprint") != current]
     budget = 0.02 if args.quick else args.budget

@@ -29,9 +29,9 @@ class Sdpa(Lowering):
         if normal.rest and (normal.key is not None or _direction(problem) == "backward"):
             return self.refuse("the sum of a dense and a key bias would have to be built")
         if normal.rest:
-            return self.bid(1.15, 0, "the dense bias is read as the mask")
+            return self.bid(1.1, 0, "the dense bias is read as the mask")
         if normal.key is not None:
-            return self.bid(1.02, 4 * normal.key.numel(), "one row of mask for all queries")
+            return self.bid(1.04, 4 * normal.key.numel(), "one row of mask for all queries")
         return self.bid(1.0, 0, "no bias")
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Tiled(Lowering):
             return self.refuse("there is no bias to build tiles of")
         keys = max(problem.keys, 1)
         memory = 4 * min(ROWS, max(ENTRIES // keys, 1)) * keys
-        time = 3.5 if problem.bias_gradient else 1.2
+        time = 3.5 if problem.bias_gradient else 1.35
         return self.bid(time, memory, "tiles of the bias are built one by one")
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:

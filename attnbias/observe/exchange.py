@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnbias.bias import Bias, Dense, KeyBias, Padding, Segments, Window
+from attnbias.lowering.strided import reverse
 
 if TYPE_CHECKING:
     from attnbias.observe.scene import Scene
@@ -34,7 +35,7 @@ def _run(scene: Scene, query: Tensor, key: Tensor, weight: Tensor, masks: list[B
     mirror = all(isinstance(t, (Window, Segments, Padding)) for t in masks)
     parts = [_exchanged(t, mirror) for t in masks if not isinstance(t, Padding)]
     if mirror:
-        query, key, weight = query.flip(2), key.flip(2), weight.flip(2)
+        query, key, weight = reverse(query), reverse(key), weight.flip(2)
     share = query.shape[1] // key.shape[1]
     found = query.new_empty(*query.shape[:2], key.shape[2])
     for member in range(share):  # one query head of each group at a time: keys are not copied

@@ -167,8 +167,9 @@ class Scene:
         """
         if "inner" not in self._kept:
             mean, lse = self.attend(self.query, self.centred, self.centred, self.bias, False)
-            score = self.scale * (self.query * mean).sum(-1)
-            self._kept["reach"] = self.scale * (self.query * mean).abs().sum(-1)
+            products = mean.mul_(self.query)  # nobody else holds the means
+            score = self.scale * products.sum(-1)
+            self._kept["reach"] = self.scale * products.abs_().sum(-1)
             shown_lse = lse + self.shift
             self.set_lse(self.with_sink(shown_lse))
             row = (lse - score).clamp_min(0)

@@ -1,0 +1,113 @@
+"""The README's table of measured numbers, from the recorded results: `python -m benchmarks.readme`.
+
+`--check` writes nothing and ends with 1 where the README says something else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.common import ROOT, markdown_table, write_text
+
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- measured: made by `python -m benchmarks.readme` -->"
+END = "<!-- end of measured -->"
+LENGTHS = (2048, 8192, 16384)
+# (words, line, causal, backward)
+LINES = (
+    ("key bias", "key bias", False, False),
+    ("relative bias (ALiBi, both sides)", "ALiBi", False, False),
+    ("... with a dense mask in stock attention", "ALiBi, dense mask", False, False),
+    ("... eager", "ALiBi, eager", False, False),
+    ("... compiled FlexAttention", "ALiBi, flex", False, False),
+    ("causal ALiBi, over causal attention", "ALiBi", True, False),
+    ("... with a dense mask in stock attention", "ALiBi, dense mask", True, False),
+    ("... eager", "ALiBi, eager", True, False),
+    ("... compiled FlexAttention", "ALiBi, flex", True, False),
+    ("causal ALiBi, forward and backward", "ALiBi", True, True),
+    ("... with a dense mask in stock attention", "ALiBi, dense mask", True, True),
+)
+
+
+def table() -> str:
+    """The table and the sentences below it, in Markdown."""
+    grid = _read("attention_cpu")
+    memory, seen = _read("memory_cpu"), _read("observe")
+    rows = []
+    for words, line, causal, backward in LINES:
+        cells = [_ratio(grid, line, causal, backward, n) for n in LENGTHS]
+        rows.append([words, *cells])
+    head = ["time over the same attention without the bias", *(f"N = {n:,}" for n in LENGTHS)]
+    machine = grid["machine"]
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores, torch {grid['versions']['torch']}, float32, "
+        "8 heads of 64. Command: `python -m benchmarks.attention_cpu`; every cell, bfloat16 and "
+        "the goals: [benchmarks/results/attention_cpu.md](benchmarks/results/attention_cpu.md)."
+    )
+    return "\n".join(
+        [markdown_table(head, rows), "", where, "", _memory(memory), _seen(seen)]
+    ).strip()
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _ratio(grid: dict[str, Any], line: str, causal: bool, backward: bool, n: int) -> str:
+    mask, passes = "causal" if causal else "full", "forward+backward" if backward else "forward"
+    group = grid["groups"].get(f"float32/{mask}/{passes}/{n}")
+    cell = None if group is None else group["lines"].get(line)
+    if cell is None:
+        return "not measured"
+    return f"{cell['ratio']:.2f}" if cell["status"] == "ok" else str(cell["status"])
+
+
+def _memory(found: dict[str, Any]) -> str:
+    parts = [
+        f"{name} {row['extra_mb']:.0f} MB"
+        for group in found["groups"]
+        for name, row in group["lines"].items()
+        if group["queries"] == 32768 and name != row["floor"]
+    ]
+    return (
+        "Peak memory over the same process with unbiased attention, at 32,768 tokens "
+        f"(`python -m benchmarks.memory_cpu`): {', '.join(parts)}.\n"
+    )
+
+
+def _seen(found: dict[str, Any]) -> str:
+    parts = [
+        f"{name}{', causal' if group['causal'] else ''} {row['ratio']:.2f}"
+        for group in found["groups"]
+        for name, row in group["lines"].items()
+        if (group["part"], group["tokens"]) == ("site", 8192) and name != "forward"
+    ]
+    return (
+        "Seeing, forward included, over the forward alone at 8,192 tokens "
+        f"(`python -m benchmarks.observe`): {'; '.join(parts)}."
+    )
+
+
+def filled(text: str) -> str:
+    """The README with the table of today's results between its marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    text = README.read_text(encoding="utf-8")
+    made = filled(text)
+    if "--check" in arguments:
+        return int(made != text)
+    write_text(README, made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
