@@ -241,9 +241,11 @@ def draw(payload: Mapping[str, Any], path: Path) -> bool:
     figure = Figure(figsize=(4.2 * columns, 3.6 * tall), layout="constrained")
     ticks = (0.3, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 8)
     shown: dict[str, Any] = {}
+    # A line has one colour in all panels, also where some lines are missing.
+    names = list(dict.fromkeys(line for groups in series.values() for line in groups[0]["lines"]))
     panels = figure.subplots(tall, columns, squeeze=False, sharey=True).ravel()
     for panel, (name, groups) in zip(panels, series.items(), strict=False):
-        for place, line in enumerate(groups[0]["lines"]):
+        for line in groups[0]["lines"]:
             points = [
                 (g["queries"], g["lines"][line]["ratio"])
                 for g in groups
@@ -255,7 +257,7 @@ def draw(payload: Mapping[str, Any], path: Path) -> bool:
                     *zip(*points, strict=True),
                     marker="o",
                     markersize=3,
-                    color=f"C{place}",
+                    color=f"C{names.index(line)}",
                     linestyle="--" if peer else "-",
                     label=line,
                 )[0]

@@ -145,6 +145,20 @@ def test_without_the_fused_operator(case: Case) -> None:
         flash.kernel = present
 
 
+@settings(max_examples=150, **COMMON)
+@given(problems([torch.float64]))
+def test_with_tiny_tiles(case: Case) -> None:
+    """Tiles of a few rows and single heads, blocks of a few queries: as at great length."""
+    from attnbias.lowering import strided, tiled
+
+    sizes = (tiled.ENTRIES, strided.BLOCK, strided.ROWS, strided.SUPER)
+    tiled.ENTRIES, strided.BLOCK, strided.ROWS, strided.SUPER = 64, 3, 5, 9
+    try:
+        _check(case)
+    finally:
+        tiled.ENTRIES, strided.BLOCK, strided.ROWS, strided.SUPER = sizes
+
+
 @pytest.mark.parametrize("name", ["sdpa", "strided", "tiled", "reference"])
 def test_the_problems_reach_every_lowering(name: str) -> None:
     """A test that only ever saw refusals would prove nothing."""
