@@ -11,6 +11,9 @@ from attnbias.bias.base import Bias, check_positive, length, narrow, to_mask
 from attnbias.bias.dense import Dense
 from attnbias.errors import AttnbiasError
 
+# ``(low, high)``: visible where ``low <= j - i <= high``; None is unlimited.
+Band = tuple[int | None, int | None]
+
 
 class Mask(Bias):
     """What masks share: entries are 0 or minus infinity, so a positive factor changes nothing."""
@@ -61,8 +64,8 @@ class Window(Mask):
         self.offset = keys - queries if offset is None else offset
         self.device = device
 
-    def band(self) -> tuple[int | None, int | None]:
-        """``(low, high)``: visible where ``low <= j - i <= high``; None is unlimited."""
+    def band(self) -> Band:
+        """The window by index, with the offset in it."""
         low = None if self.before is None else self.offset - self.before
         high = None if self.after is None else self.offset + self.after
         return low, high
@@ -111,9 +114,7 @@ class Window(Mask):
         if not same:
             return None
         assert isinstance(other, Window)
-        (low, high), (low2, high2) = self.band(), other.band()
-        low = low2 if low is None else low if low2 is None else max(low, low2)
-        high = high2 if high is None else high if high2 is None else min(high, high2)
+        low, high = meet(self.band(), other.band())
         return Window(
             None if low is None else self.offset - low,
             None if high is None else high - self.offset,
@@ -122,6 +123,13 @@ class Window(Mask):
             offset=self.offset,
             device=self.device,
         )
+
+
+def meet(one: Band, other: Band) -> Band:
+    """What both bands let through."""
+    lows = [low for low, _ in (one, other) if low is not None]
+    highs = [high for _, high in (one, other) if high is not None]
+    return max(lows, default=None), min(highs, default=None)
 
 
 def hide_outside(tile: Tensor, low: int | None, high: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import sys
@@ -11,6 +12,16 @@ from typing import Any
 from attnbias.errors import AttnbiasError, Refused
 
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded: the same options for every command that loads one."""
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
+    parser.add_argument("--revision", help="commit, branch or tag of a hub model")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that the model brings (off)"
+    )
 
 
 def text_of(path: str) -> str:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnbias.cli.loading import DTYPES
+from attnbias.cli.loading import add_loading
 from attnbias.errors import AttnbiasError
 
 if TYPE_CHECKING:
@@ -31,12 +31,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything on the page as data")
     parser.add_argument("--layers", default="all", help='as in 0,3-5; default: "all"')
     parser.add_argument("--max-tokens", type=int, metavar="N", help="cut the text after N tokens")
-    parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
-    parser.add_argument("--revision", help="commit, branch or tag of a hub model")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model brings (off)"
-    )
+    add_loading(parser)
 
 
 def run(args: argparse.Namespace) -> int:

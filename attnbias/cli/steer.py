@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from attnbias.cli.loading import DTYPES
+from attnbias.cli.loading import add_loading
 from attnbias.errors import AttnbiasError, Refused
 
 if TYPE_CHECKING:
@@ -24,12 +24,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument(
         "--max-new-tokens", type=_count, default=40, metavar="N", help="default: 40"
     )
-    parser.add_argument("--device", default="cpu", help="default: cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="default: as stored")
-    parser.add_argument("--revision", help="commit, branch or tag of a hub model")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the model brings (off)"
-    )
+    add_loading(parser)
 
 
 def run(args: argparse.Namespace) -> int:

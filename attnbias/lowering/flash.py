@@ -268,23 +268,31 @@ def flash(
         ``(output, lse)``: output in the dtype of the query, lse in float32 (float64), contiguous.
         A row with no visible key gives 0 and minus infinity. Any length may be zero.
     """
-    heads, size, wide = query.shape[1], query.shape[-1], value.shape[-1]
-    if query.numel() == 0 or key.shape[2] == 0 or wide == 0:
+    if query.numel() == 0 or key.shape[2] == 0 or value.shape[-1] == 0:
         return _nothing(query, key, value)
     if mask is not None:
         # The dtype first: a conversion would write out what is expanded.
         mask = mask.detach().to(plain.working(query.dtype))
-        mask = mask.expand(query.shape[0], heads, query.shape[2], key.shape[2])
+        mask = mask.expand(*query.shape[:3], key.shape[2])
         if mask.shape[-1] > 1 and mask.stride(-1) != 1:
             mask = mask.contiguous()
-    if wide < size:
-        value = F.pad(value, (0, size - wide))
-    elif wide > size:
-        query, key = (F.pad(t, (0, wide - size)) for t in (query, key))
+    query, key, value, wide = equal_sizes(query, key, value)
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     apply: Any = _Flash.apply
     out, lse = apply(query, key, value, mask, causal, scale)
     return out[..., :wide], lse
+
+
+def equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Zero columns until keys and values have one head size: without them the fused path is
+    lost.
+    """
+    size, wide = query.shape[-1], value.shape[-1]
+    if wide < size:
+        value = F.pad(value, (0, size - wide))
+    elif wide > size:
+        query, key = (F.pad(t, (0, wide - size)) for t in (query, key))
+    return query, key, value, wide
 
 
 def _nothing(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

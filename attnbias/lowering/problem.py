@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnbias.bias import Bias, KeyBias, Padding, Relative, Window, add
 from attnbias.bias.base import to_mask
+from attnbias.bias.masks import meet
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,7 @@ class Normal:
         rest: list[Bias] = []
         for term in terms:
             if isinstance(term, Window):
-                first, last = term.band()
-                low = first if low is None else low if first is None else max(low, first)
-                high = last if high is None else high if last is None else min(high, last)
+                low, high = meet((low, high), term.band())
             elif isinstance(term, KeyBias):
                 keys.append(term)
             elif isinstance(term, Padding):

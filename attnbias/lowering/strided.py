@@ -52,26 +52,13 @@ class Strided(Lowering):
         return self.bid(time, 4 * heads * (problem.queries + problem.keys), "a view of the table")
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        query, key, value, wide = _equal_sizes(problem.query, problem.key, problem.value)
+        query, key, value, wide = flash.equal_sizes(problem.query, problem.key, problem.value)
         if problem.empty:
             return flash.flash(problem.query, problem.key, problem.value, scale=problem.scale)
         normal = problem.normal
         apply: Any = _Strided.apply
         out, lse = apply(query, key, value, strip(problem), normal.low, normal.high, problem.scale)
         return out[..., :wide], lse
-
-
-def _equal_sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Zero columns until keys and values have one head size: without them the fused path is
-    lost.
-    """
-    size, wide = query.shape[-1], value.shape[-1]
-    pad = torch.nn.functional.pad
-    if wide < size:
-        value = pad(value, (0, size - wide))
-    elif wide > size:
-        query, key = (pad(t, (0, wide - size)) for t in (query, key))
-    return query, key, value, wide
 
 
 def strip(problem: Problem) -> Tensor:

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnbias.bias import Bias, Sum, Window
-from attnbias.bias.masks import hide_outside
+from attnbias.bias.masks import Band, hide_outside, meet
 from attnbias.lowering import flash, plain
 from attnbias.lowering.problem import Lowering, Offer, Problem
-from attnbias.lowering.strided import _equal_sizes
 
 ROWS = 256
 ENTRIES = 2**21  # of one tile of the mask: 8 MB in float32
@@ -40,14 +39,11 @@ class Tiled(Lowering):
         if problem.empty:
             return flash.flash(problem.query, problem.key, problem.value, scale=problem.scale)
         assert problem.bias is not None
-        query, key, value, wide = _equal_sizes(problem.query, problem.key, problem.value)
+        query, key, value, wide = flash.equal_sizes(problem.query, problem.key, problem.value)
         bias = problem.bias
         apply: Any = _Tiled.apply
         out, lse = apply(query, key, value, bias.detach(), problem.scale, *bias.parameters())
         return out[..., :wide], lse
-
-
-_Band = tuple[int | None, int | None]
 
 
 class _Tile:
@@ -65,7 +61,7 @@ class _Tile:
     def dense(self, bias: Bias, like: Tensor) -> Tensor:
         return bias[self.batch, self.heads, self.rows, self.cols].dense().to(like.device)
 
-    def band(self, band: _Band) -> _Band:
+    def band(self, band: Band) -> Band:
         """The band counted from the first row and key of the tile; None where it hides nothing."""
         step = self.rows.start - self.cols.start
         low = None if band[0] is None else band[0] + step
@@ -77,16 +73,13 @@ class _Tile:
         return low, high
 
 
-def split(bias: Bias) -> tuple[Bias | None, _Band]:
+def split(bias: Bias) -> tuple[Bias | None, Band]:
     """The windows of a bias as one band, and the rest: a band is filled in, not built and added."""
-    band: _Band = (None, None)
+    band: Band = (None, None)
     rest: list[Bias] = []
     for term in bias.terms():
         if isinstance(term, Window):
-            (low, high), (low2, high2) = band, term.band()
-            low = low2 if low is None else low if low2 is None else max(low, low2)
-            high = high2 if high is None else high if high2 is None else min(high, high2)
-            band = (low, high)
+            band = meet(band, term.band())
         else:
             rest.append(term)
     return (Sum(rest) if rest else None), band
@@ -174,7 +167,7 @@ class _Tiled(torch.autograd.Function):
         ) * len(wanted)
 
 
-def _mask(tile: _Tile, rest: Bias | None, band: _Band, query: Tensor) -> Tensor | None:
+def _mask(tile: _Tile, rest: Bias | None, band: Band, query: Tensor) -> Tensor | None:
     """The tile of the bias in the dtype and shape that the operator reads; None hides nothing."""
     part = tile.queries(query)
     shape = (part.shape[0], part.shape[1], part.shape[2], tile.cols.stop - tile.cols.start)
@@ -194,9 +187,7 @@ def _mask(tile: _Tile, rest: Bias | None, band: _Band, query: Tensor) -> Tensor 
     return mask.to(plain.working(query.dtype)).expand(shape)
 
 
-def _hide(
-    mask: Tensor, band: _Band, shape: tuple[int, ...], parameters: Iterable[Tensor]
-) -> Tensor:
+def _hide(mask: Tensor, band: Band, shape: tuple[int, ...], parameters: Iterable[Tensor]) -> Tensor:
     """The tile with its hidden entries at minus infinity; what is stored stays as it is."""
     mask = mask.detach()
     stored = {p.untyped_storage().data_ptr() for p in parameters}
