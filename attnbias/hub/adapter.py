@@ -39,7 +39,8 @@ class Participant(Protocol):
 
     An observer has ``see(call, extra, output, lse)``: `extra` is the additive log-edit in force and
     `output` what the model goes on with. An editor's class has ``compute(call, editors)``, static,
-    returning the edited output (None: plain) and the extra bias. Optional: `required`, sites that
+    returning the edited output (None: plain), the extra bias, the call as viewers must see it and
+    why they cannot (empty: they can). Optional: `required`, sites that
     must have been called by the time the context ends without an error.
     """
 
@@ -193,8 +194,11 @@ class Session:
         output: Tensor | None = None
         extra: Bias | None = None
         lse: Tensor | None = None
+        seen = call
         if editors:
-            output, extra = type(editors[0]).compute(call, editors)
+            output, extra, seen, unseen = type(editors[0]).compute(call, editors)
+            if unseen and viewers:
+                raise Refused(unseen)
         weights = None
         if output is not None and self._maps_asked and call.original == "eager":
             raise Refused(
@@ -208,7 +212,7 @@ class Session:
             output = call.plain() if output is None else output
         for viewer in viewers:
             with torch.no_grad():
-                viewer.see(call, extra, output, lse)
+                viewer.see(seen, extra, output, lse)
         return output, weights
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,6 +66,13 @@ class Call:
         self.stock = stock
         self._session, self._mask, self._arguments = session, mask, arguments
         self._cache: dict[str, Any] = {}
+
+    def with_vectors(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
+        """The same call with other queries, keys and values."""
+        other = copy.copy(self)
+        other.query, other.key, other.value = query, key, value
+        other._cache = {"bias": self._cache["bias"]} if "bias" in self._cache else {}
+        return other
 
     # The stock route -------------------------------------------------------------------------
 

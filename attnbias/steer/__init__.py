@@ -5,10 +5,12 @@ from __future__ import annotations
 from attnbias._room import callable_room
 from attnbias.steer import rules
 from attnbias.steer.context import steer
+from attnbias.steer.hooks import Vectors
 from attnbias.steer.recipe import Recipe
 from attnbias.steer.rule import Rule
-from attnbias.steer.site import Range, SiteCall
+from attnbias.steer.site import SiteCall
+from attnbias.steer.spans import Range
 
-__all__ = ["Range", "Recipe", "Rule", "SiteCall", "rules", "steer"]
+__all__ = ["Range", "Recipe", "Rule", "SiteCall", "Vectors", "rules", "steer"]
 
 callable_room(__name__, steer)

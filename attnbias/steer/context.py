@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from attnbias.bias import Bias
 from attnbias.errors import AttnbiasError, Refused
-from attnbias.steer.engine import Active, edited
+from attnbias.steer.engine import Active, Edited, Memory, edited
 from attnbias.steer.rule import Rule
-from attnbias.steer.site import Spans
+from attnbias.steer.spans import Spans
 
 if TYPE_CHECKING:
     from attnbias.hub import Call, Site
@@ -27,11 +26,14 @@ class Editing:
     def __init__(self, rules: Sequence[Rule], spans: Mapping[str, Any] | None) -> None:
         self.rules, self.spans = tuple(rules), Spans(spans)
         self._effects: list[set[str]] = [set() for _ in self.rules]
+        self.memories = [Memory() for _ in self.rules]
         self._ran = False
 
     def begin_forward(self, forward: int) -> None:
-        """Edits keep nothing from one forward to the next."""
+        """What was looked at belongs to one forward; what is frozen stays."""
         self._ran = True
+        for memory in self.memories:
+            memory.looked.clear()
 
     def end_forward(self, forward: int) -> None:
         """Nothing to close."""
@@ -51,7 +53,7 @@ class Editing:
     def active(self, call: Call) -> Iterator[Active]:
         """The rules that act at this call."""
         site, total = call.site, call.query.shape[1]
-        for rule, effects in zip(self.rules, self._effects, strict=True):
+        for rule, effects, memory in zip(self.rules, self._effects, self.memories, strict=True):
             if not rule.acts_in(site.tower, site.layer, call.phase):
                 continue
             heads = rule.heads_at(site.layer)
@@ -62,17 +64,17 @@ class Editing:
                     f"{type(rule).__name__} names head {heads[-1]}, but {site} has heads 0 to "
                     f"{total - 1}."
                 )
-            yield Active(rule, heads, self.spans, effects)
+            yield Active(rule, heads, self.spans, effects, memory)
 
     @staticmethod
-    def compute(call: Call, editors: Sequence[Any]) -> tuple[Tensor | None, Bias | None]:
-        """The edited output of a call and the total log-edit; (None, None) for the plain output.
+    def compute(call: Call, editors: Sequence[Any]) -> Edited:
+        """What becomes of a call under the rules of all editors.
 
         Args:
             call: the attention call. editors: the `Editing` participants, outermost first.
         """
         active = [item for editor in editors for item in editor.active(call)]
-        return edited(call, active) if active else (None, None)
+        return edited(call, active) if active else Edited(None, None, call)
 
 
 @contextmanager

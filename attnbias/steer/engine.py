@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnbias.attention import attention
+from attnbias.attention import attention, merge
 from attnbias.bias import Bias, add
 from attnbias.errors import AttnbiasError, Refused
+from attnbias.steer import extra
+from attnbias.steer.extra import Extra
 from attnbias.steer.placing import place, reach, take
 from attnbias.steer.rule import Rule
 from attnbias.steer.shares import NO_MASS, Fold, log_ratio, on_heads, repeat
-from attnbias.steer.site import SiteCall, Spans
+from attnbias.steer.site import SiteCall
+from attnbias.steer.spans import Spans
 
 if TYPE_CHECKING:
-    from attnbias.hub import Call
+    from attnbias.hub import Call, Site
 
 _SKIP = True
 
@@ -39,6 +42,18 @@ def never_skip() -> Iterator[None]:
         _SKIP = True
 
 
+@dataclass
+class Memory:
+    """What one rule keeps between calls.
+
+    frozen: by (site, name), with the batch it was made for; made anew in every prefill call.
+    looked: by site, what `look` returned in the forward that runs.
+    """
+
+    frozen: dict[Any, Any] = field(default_factory=dict)
+    looked: dict[Site, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Active:
     """A rule that acts at this call, with its heads and spans, and what became of it so far.
@@ -51,9 +66,26 @@ class Active:
     heads: tuple[int, ...]
     spans: Spans
     effects: set[str]
+    memory: Memory
 
-    def site(self, call: Call) -> SiteCall:
-        return SiteCall(call, self.heads, self.spans)
+    def site(self, edit: Edit) -> SiteCall:
+        return SiteCall(edit, self.heads, self.spans, self.memory)
+
+
+class Edited(NamedTuple):
+    """What came of a call.
+
+    Attributes:
+        output: ``(batch, queries, heads, value size)``, None for the plain output.
+        extra: the sum of the edits as a log-bias on all heads, None where there is none.
+        call: the call as those who look must see it, with edited queries, keys and values.
+        unseen: why nobody can look at this call, empty where they can.
+    """
+
+    output: Tensor | None
+    extra: Bias | None
+    call: Call
+    unseen: str = ""
 
 
 class Edit:
@@ -61,6 +93,8 @@ class Edit:
 
     def __init__(self, call: Call) -> None:
         self.call = call
+        self.query, self.key, self.value = call.query, call.key, call.value
+        self.extras: list[Extra] = []
         batch, heads, queries, _ = call.query.shape
         self.shape = (batch, heads, queries, call.key.shape[2])
         self.biases: Bias | None = None
@@ -80,6 +114,14 @@ class Edit:
         parts = [*([] if self.biases is None else [self.biases]), *parts]
         return add(*parts) if parts else None
 
+    def seen(self) -> tuple[Call, str]:
+        """The call with the edited vectors, and why nobody can look at it (or nothing)."""
+        call = self.call
+        if any(new is not old for new, old in ((self.query, call.query), (self.key, call.key))):
+            call = call.with_vectors(self.query, self.key, self.value)
+        why = f"{call.site} sees keys that a rule adds, which statistics cannot show."
+        return call, why if self.extras else ""
+
     def mark(self, rows: Tensor, heads: Sequence[int]) -> None:
         index = torch.tensor(heads, device=self.touched.device)
         kept = self.touched.index_select(1, index) | rows
@@ -93,7 +135,7 @@ class Edit:
                 (float64): the attention is then computed in that format, whatever the model's is.
         """
         call = self.call
-        query, key, value = on_heads(call, heads)
+        query, key, value = on_heads(self, heads)
         kind = query.dtype if values is None else values.dtype
         device = query.device.type
         if values is None and torch.is_autocast_enabled(device) and kind != torch.float64:
@@ -105,28 +147,42 @@ class Edit:
             if values.shape[1] > 1:
                 key = repeat(key, len(heads))
             value = values.expand(query.shape[0], key.shape[1], -1, -1)
+        plain_query = query
         for fold in self.folds:
             query, key, value = fold.apply(query, key, value, heads, call.scale)
-        parts = [b for b in (call.bias, self.biases) if b is not None]
-        bias = add(*(take(b, heads, self.shape[1]) for b in parts)) if parts else None
+        terms = [b for b in (call.bias, self.biases) if b is not None]
+        bias = add(*(take(b, heads, self.shape[1]) for b in terms)) if terms else None
         sink = None if call.sink is None else call.sink[list(heads)]
         with torch.autocast(device, enabled=False):
-            out = attention(query, key, value, bias=bias, scale=call.scale, sink=sink)
-        assert isinstance(out, Tensor)
-        return out
+            if not self.extras:
+                out = attention(query, key, value, bias=bias, scale=call.scale, sink=sink)
+                assert isinstance(out, Tensor)
+                return out
+            part = attention(
+                query, key, value, bias=bias, scale=call.scale, sink=sink, return_lse=True
+            )
+            assert isinstance(part, tuple)
+            parts = [part]
+            for more in self.extras:
+                masses = values is not None
+                parts.append(more.attend(plain_query, value, heads, call.scale, masses))
+            return merge(parts)[0]
 
 
-def edited(call: Call, active: Sequence[Active]) -> tuple[Tensor | None, Bias | None]:
-    """The output of one call under the rules, and the sum of their edits as a log-bias.
+def edited(call: Call, active: Sequence[Active]) -> Edited:
+    """What becomes of one call under the rules.
 
-    Returns:
-        ``(output (batch, queries, heads, value size), bias)``; ``(None, None)`` where no row is
-        changed: the plain output then stands. Rows that no rule changes (heads, batch rows, query
-        rows that see no chosen key, padding) are the plain output, bit for bit.
+    Rows that no rule changes (heads, batch rows, query rows that see no chosen key, padding) are
+    the plain output, bit for bit; where no row is changed the output is None.
     """
     edit = Edit(call)
     for item in active:
-        bias = item.rule.bias(item.site(call))
+        if item.rule.uses("vectors"):
+            extra.apply(edit, item)
+    for item in active:
+        if not item.rule.uses("bias"):
+            continue
+        bias = item.rule.bias(item.site(edit))
         if bias is None:
             item.effects.add("idle")
             continue
@@ -137,22 +193,31 @@ def edited(call: Call, active: Sequence[Active]) -> tuple[Tensor | None, Bias | 
             some = not parts or any(bool((part != 0).any()) for part in parts)
             item.effects.add("changed" if some else "missed")
     if edit.biases is not None:
-        edit.touched = reach(edit.biases, call.bias, edit.shape).to(edit.touched.device)
+        reached = reach(edit.biases, call.bias, edit.shape)
+        edit.touched = edit.touched | reached.to(edit.touched.device)
     for item in active:
-        if item.rule.reallocates:
+        if item.rule.uses("reallocate"):
             _reallocate(edit, item)
     if not _SKIP:
         for item in active:
             edit.mark(torch.ones_like(edit.touched[:, :1]), item.heads)
     edit.touched = edit.touched & (call.query_positions >= 0)[:, None, :]
-    if not bool(edit.touched.any()):
-        return None, None
-    if call.training and call.dropout > 0:
+    output = _output(edit) if bool(edit.touched.any()) else None
+    for item in active:
+        if item.rule.uses("outputs"):
+            output = _outputs(edit, item, output)
+    if output is not None and call.training and call.dropout > 0:
         raise Refused(
             f"{call.site} trains with attention dropout {call.dropout:g}, which an edited call "
             "cannot apply: set the dropout to 0 in the model's config, or write model.eval()."
         )
-    return _output(edit), edit.total
+    for item in active:
+        if item.rule.uses("look"):
+            found = item.rule.look(item.site(edit))
+            if found is not None:
+                item.effects.add("changed")
+                item.memory.looked[call.site] = found
+    return Edited(output, edit.total if bool(edit.touched.any()) else None, *edit.seen())
 
 
 def _output(edit: Edit) -> Tensor:
@@ -169,8 +234,27 @@ def _output(edit: Edit) -> Tensor:
     return plain.index_copy(2, index, kept)
 
 
+def _outputs(edit: Edit, item: Active, output: Tensor | None) -> Tensor | None:
+    """The output ``(batch, queries, heads, value size)`` after one rule's `outputs`."""
+    before = edit.call.plain() if output is None else output
+    index = torch.tensor(item.heads, device=before.device)
+    old = before.index_select(2, index).transpose(1, 2)
+    new = item.rule.outputs(item.site(edit), old)
+    if new is None:
+        item.effects.add("idle")
+        return output
+    if not isinstance(new, Tensor) or new.shape != old.shape:
+        got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise AttnbiasError(
+            f"{type(item.rule).__name__}.outputs must return the shape {tuple(old.shape)}, got "
+            f"{got}."
+        )
+    item.effects.add("changed")
+    return before.index_copy(2, index, new.to(before.dtype).transpose(1, 2))
+
+
 def _reallocate(edit: Edit, item: Active) -> None:
-    site = item.site(edit.call)
+    site = item.site(edit)
     groups = item.rule.groups(site)
     name = type(item.rule).__name__
     want = (site.shape[0], site.shape[1], site.shape[3])

@@ -13,6 +13,7 @@ from attnbias.bias import Bias
 from attnbias.errors import AttnbiasError
 
 if TYPE_CHECKING:
+    from attnbias.steer.hooks import Vectors
     from attnbias.steer.site import SiteCall
 
 Phase = Literal["prefill", "decode", "both"]
@@ -25,10 +26,12 @@ Towers = tuple[str, ...] | None
 class Rule(ABC):
     """An edit of attention in a trained model, without training: a frozen record of its parameters.
 
-    A rule implements `bias`, or `groups` with `reallocate`, or both. Each hook is a pure function
-    of the `SiteCall` it is given, which shows the rule's own heads and nothing of other rules; the
-    engine does the rest (masks, sinks, grouped heads, other rules, rows left alone). Rules are
-    final: a rule is subclassed from `Rule` itself.
+    A rule implements the hooks it uses. Each is a pure function of what it is given: the `SiteCall`
+    shows the rule's own heads and nothing of other rules; the engine does the rest (masks, sinks,
+    grouped heads, other rules, rows left alone). At one call the order is `vectors`, `bias`
+    (summed over rules), `reallocate` (in the order of the rules), `outputs`, `look`. Rules are
+    final: a rule is subclassed from `Rule` itself. A rule that edits nothing of a single head gives
+    the field `heads` the default ``"all"``; all others make the user type it.
 
     Args:
         heads: ``"all"`` (must be typed), head numbers, a mapping ``{layer: heads}``, or pairs
@@ -106,11 +109,30 @@ class Rule(ABC):
         """
         return None
 
+    def vectors(self, site: SiteCall) -> Vectors | None:
+        """Edited queries, keys and values (``site.query``, ``site.key``, ``site.value``)."""
+        return None
+
+    def outputs(self, site: SiteCall, out: Tensor) -> Tensor | None:
+        """Edited head outputs, before the output projection.
+
+        Args:
+            out: ``(batch, heads, queries, value dim)`` after all other edits, in the model's dtype.
+        """
+        return None
+
+    def look(self, site: SiteCall) -> Any:
+        """Anything to be kept of this call, after all edits (`site.attention` shows them).
+
+        Later hooks of the same forward find it in ``looked[site]``. None is not kept.
+        """
+        return None
+
     # What follows from it -------------------------------------------------------------------------
 
-    @property
-    def reallocates(self) -> bool:
-        return type(self).reallocate is not Rule.reallocate
+    def uses(self, hook: str) -> bool:
+        """Whether the rule's class implements a hook."""
+        return getattr(type(self), hook) is not getattr(Rule, hook)
 
     def heads_at(self, layer: int) -> Literal["all"] | tuple[int, ...]:
         """The heads of one layer, sorted, without repeats."""

@@ -19,6 +19,7 @@ from attnbias.steer.placing import gather
 
 if TYPE_CHECKING:
     from attnbias.hub import Call
+    from attnbias.steer.engine import Edit
 
 TOLERANCE = 1e-4  # how far returned shares may miss the total of their row
 # Below this a share has lost its digits (float32 ends at 1e-38), and counts as none.
@@ -69,7 +70,7 @@ def repeat(tensor: Tensor, heads: int) -> Tensor:
     return tensor if count == heads else tensor.repeat_interleave(heads // count, 1)
 
 
-def on_heads(call: Call, heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def on_heads(call: Call | Edit, heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of some query heads; grouped keys are not repeated where the choice
     allows.
     """

@@ -1,147 +1,46 @@
-"""What a rule sees of one attention call, and how named spans become keys."""
+"""What a rule sees of one attention call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from attnbias.bias import Segments
-from attnbias.errors import AttnbiasError, Refused
-from attnbias.steer.rule import is_number
+from attnbias.bias import Bias, Segments
+from attnbias.errors import Refused
+from attnbias.steer.placing import take
+from attnbias.steer.shares import on_heads, repeat
+from attnbias.steer.spans import FIRST, Keys, Spans
 
 if TYPE_CHECKING:
-    from attnbias.hub import Call, Site
+    from attnbias.hub import Site
+    from attnbias.observe.scene import Scene
+    from attnbias.steer.engine import Edit, Memory
 
-FIRST = "first"  # position 0 of every row, without being passed
-
-
-@dataclass(frozen=True)
-class Range:
-    """Token positions from `start` up to, not including, `stop`; None is without end."""
-
-    start: int
-    stop: int | None
-
-    def __post_init__(self) -> None:
-        good = is_number(self.start) and (self.stop is None or is_number(self.stop))
-        if not good or (self.stop is not None and self.stop <= self.start):
-            raise AttnbiasError(
-                "a range of tokens must have 0 <= start < stop, got "
-                f"start {self.start!r}, stop {self.stop!r}."
-            )
-
-
-Keys = tuple[str | int | Range, ...]
-
-
-def keys_of(value: Any) -> Keys:
-    """Chosen keys as names, absolute token positions and ranges.
-
-    Takes a name, a position, a Python ``range``, a `Range`, or a list of these.
-    """
-    one = isinstance(value, (str, int, range, Range))
-    items = [value] if one else list(value) if isinstance(value, Iterable) else []
-    kept: list[str | int | Range] = []
-    for item in items:
-        if isinstance(item, range) and item.step == 1 and len(item):
-            item = Range(item.start, item.stop)
-        if not (isinstance(item, (str, Range)) or is_number(item)) or item == "":
-            raise AttnbiasError(
-                "keys must be token positions from 0, ranges or names of spans such as 'first', "
-                f"got {item!r}."
-            )
-        kept.append(item)
-    if not kept:
-        raise AttnbiasError(f"keys must name at least one key, got {value!r}.")
-    return tuple(kept)
-
-
-class Spans:
-    """Named spans of token positions, one for all rows of a batch or one per row.
-
-    Args:
-        given: name -> ``(start, stop)`` or a list of these, one per row of the batch that the user
-            passed. Positions count the real tokens of a row from 0; a stop of None is without end.
-            None in a list: the row has no such span.
-    """
-
-    def __init__(self, given: Mapping[str, Any] | None) -> None:
-        self._rows: dict[str, list[tuple[int, int | None]]] = {}
-        for name, value in (given or {}).items():
-            rows = [value] if _is_span(value) else list(value) if _is_list(value) else []
-            if not rows or not all(row is None or _is_span(row) for row in rows):
-                raise AttnbiasError(
-                    f"spans[{name!r}] must be (start, stop) with 0 <= start <= stop, or a list with"
-                    f" one per row, got {value!r}."
-                )
-            self._rows[name] = [(0, 0) if row is None else (row[0], row[1]) for row in rows]
-        counts = {len(rows) for rows in self._rows.values() if len(rows) > 1}
-        if len(counts) > 1:
-            raise AttnbiasError(
-                f"spans must all have one entry or one per row, got lists of {sorted(counts)}."
-            )
-
-    def __contains__(self, name: object) -> bool:
-        return name == FIRST or name in self._rows
-
-    @property
-    def given(self) -> frozenset[str]:
-        """The names that the user gave."""
-        return frozenset(self._rows)
-
-    def names(self) -> list[str]:
-        return sorted({FIRST, *self._rows})
-
-    def member(self, name: str, positions: Tensor, batch: int) -> Tensor:
-        """Which of `positions` ``(batch | 1, keys)`` lie in a span: bool ``(batch | 1, keys)``.
-
-        Under beams and several returned sequences a model repeats each row of the prompt in place,
-        and beams only ever change places inside their own prompt: so do the spans.
-        """
-        rows = self._rows.get(name, [(0, 1)])
-        if batch % len(rows):
-            raise Refused(
-                f"the span {name!r} was given for {len(rows)} rows and the model runs {batch}: give"
-                " one (start, stop) for all rows, or one per prompt."
-            )
-        device = positions.device
-        start = torch.tensor([row[0] for row in rows], device=device)
-        stops = [torch.iinfo(torch.int64).max if row[1] is None else row[1] for row in rows]
-        stop = torch.tensor(stops, device=device)
-        if len(rows) > 1:
-            start, stop = (t.repeat_interleave(batch // len(rows)) for t in (start, stop))
-        return (positions >= start[:, None]) & (positions < stop[:, None]) & (positions >= 0)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _is_span(value: Any) -> bool:
-    return (
-        _is_list(value)
-        and len(value) == 2
-        and is_number(value[0])
-        and (value[1] is None or (is_number(value[1]) and value[1] >= value[0]))
-    )
+T = TypeVar("T")
 
 
 class SiteCall:
     """One attention call as a rule sees it: the rule's own heads, positions and spans.
+
+    What is computed here (`scores`, `attention`, `received`) counts the edits made before the hook
+    that asks, by this rule and by others: in `bias` the edited vectors, in `reallocate` the biases
+    and the reallocations before it, in `outputs` and `look` everything.
 
     Attributes:
         site: the `Site`. phase: ``"prefill"`` or ``"decode"``. past: key slots before query 0.
         heads: the numbers of the rule's heads; every tensor a hook gets or returns has these heads.
         query_positions, key_positions: ``(batch | 1, length)``, absolute token positions, -1 where
             there is no token.
+        looked: what this rule's `look` has returned in this forward so far, by site.
     """
 
-    def __init__(self, call: Call, heads: Sequence[int], spans: Spans) -> None:
-        self._call, self._spans = call, spans
+    def __init__(self, edit: Edit, heads: Sequence[int], spans: Spans, memory: Memory) -> None:
+        self._edit, self._spans, self._memory = edit, spans, memory
+        self._call = edit.call
         self.heads = tuple(heads)
 
     @property
@@ -180,27 +79,188 @@ class SiteCall:
         kind = self._call.query.dtype
         return kind if kind == torch.float64 else torch.float32
 
+    # Which keys and queries -----------------------------------------------------------------------
+
     def where(self, keys: Keys) -> Tensor:
         """Which keys are chosen: bool ``(batch | 1, keys)``. Padding is never chosen.
 
         Raises:
             Refused: "first" where attention runs in segments: each has a first token of its own.
         """
-        positions = self.key_positions
-        chosen = torch.zeros_like(positions, dtype=torch.bool)
-        for item in keys:
-            if item == FIRST and FIRST not in self._spans.given:
-                self._one_sequence()
-            if isinstance(item, str):
-                chosen = chosen | self._spans.member(item, positions, self.shape[0])
-            elif isinstance(item, Range):
-                inside = positions >= item.start
-                if item.stop is not None:
-                    inside = inside & (positions < item.stop)
-                chosen = chosen | inside
-            else:
-                chosen = chosen | (positions == item)
-        return chosen
+        return self._chosen(keys, self.key_positions)
+
+    def where_queries(self, keys: Keys) -> Tensor:
+        """Which queries stand on chosen positions: bool ``(batch | 1, queries)``."""
+        return self._chosen(keys, self.query_positions)
+
+    def has(self, name: str) -> bool:
+        """Whether a span of that name was given."""
+        return name in self._spans
+
+    @property
+    def last(self) -> Tensor:
+        """The number of the last real query of each row, ``(batch,)``: 0 where all is padding."""
+        real = (self.query_positions >= 0).expand(self.shape[0], -1)
+        order = torch.arange(real.shape[1], device=real.device)
+        return torch.where(real, order, 0).amax(-1)
+
+    def _chosen(self, keys: Keys, positions: Tensor) -> Tensor:
+        if FIRST in keys and FIRST not in self._spans.given:
+            self._one_sequence()
+        return self._spans.chosen(keys, positions, self.shape[0])
+
+    # What the call computes -----------------------------------------------------------------------
+
+    @property
+    def scale(self) -> float:
+        """The factor of the scores."""
+        return self._call.scale
+
+    @property
+    def query(self) -> Tensor:
+        """``(batch, heads, queries, dim)``, rotary embedding applied, in the model's dtype."""
+        return on_heads(self._edit, self.heads)[0]
+
+    @property
+    def key(self) -> Tensor:
+        """``(batch, heads, keys, dim)``: one per query head, after the cache."""
+        return repeat(on_heads(self._edit, self.heads)[1], len(self.heads))
+
+    @property
+    def value(self) -> Tensor:
+        """``(batch, heads, keys, value dim)``: one per query head."""
+        return repeat(on_heads(self._edit, self.heads)[2], len(self.heads))
+
+    def scores(self, rows: Tensor | slice | None = None) -> Tensor:
+        """Scaled scores of chosen queries with the model's own masks and position bias.
+
+        Args:
+            rows: a slice of queries, or their numbers ``(batch, count)``; None is all of them.
+
+        Returns:
+            ``(batch, heads, rows, keys)`` in `dtype`, -inf where the model hides the key. Memory
+            is that of the result: ask for few rows.
+        """
+        return self._scores(rows, [] if self._call.bias is None else [self._call.bias])
+
+    def attention(self, rows: Tensor | slice | None = None) -> Tensor:
+        """The share of each key under the edits so far, ``(batch, heads, rows, keys)``.
+
+        A row sums to 1, less the share of a sink logit or of added keys; a row that sees no key is
+        zero. `rows` as in `scores`.
+        """
+        total = self._edit.total
+        parts = [bias for bias in (self._call.bias, total) if bias is not None]
+        scores = self._scores(rows, parts)
+        rest = []
+        sink = self._call.sink
+        if sink is not None:
+            own = sink[list(self.heads)].to(scores.dtype)[None, :, None, None]
+            rest.append(own.expand(*scores.shape[:3], 1))
+        for extra in self._edit.extras:
+            rest.append(self._rows(extra.scores(self._edit.query, self.heads, self.scale), rows))
+        whole = torch.cat([scores, *rest], -1)
+        blind = (whole == -torch.inf).all(-1, keepdim=True)
+        found = torch.where(blind, 0.0, whole).softmax(-1).masked_fill(blind, 0.0)
+        return found[..., : scores.shape[-1]]
+
+    def received(self) -> Tensor:
+        """Attention that each key gets from all real queries of this call, summed.
+
+        ``(batch, heads, keys)``, under the edits so far. One more unbiased call where masks and
+        biases per key are all that is added to the scores, tiles otherwise; no map is built.
+        """
+        from attnbias.observe.statistic import measure
+        from attnbias.observe.statistics import Received
+
+        with torch.no_grad():
+            return measure(self._scene, [Received()], fused=self.shape[2] >= 16)[0][..., 0]
+
+    def seen_by(self) -> Tensor:
+        """How many real queries of this call see each key: ``(batch, 1 | heads, keys)``."""
+        with torch.no_grad():
+            return self._scene.visible
+
+    @property
+    def _scene(self) -> Scene:
+        from attnbias.observe.scene import Scene
+
+        edit, call = self._edit, self._call
+        if edit.extras:
+            raise Refused(f"{self.site} sees keys that a rule adds, which statistics cannot show.")
+        total, heads = edit.shape[1], list(self.heads)
+        query, key, value = on_heads(edit, heads)
+        view: Any = SimpleNamespace(
+            site=self.site,
+            query=query,
+            key=key,
+            value=value,
+            scale=call.scale,
+            sink=None if call.sink is None else call.sink[heads],
+            bias=None if call.bias is None else take(call.bias, heads, total),
+            query_positions=self.query_positions,
+            key_positions=self.key_positions,
+        )
+        extra = edit.total
+        return Scene(view, None if extra is None else take(extra, heads, total))
+
+    def _scores(self, rows: Tensor | slice | None, biases: list[Bias]) -> Tensor:
+        query = self._rows(self.query, rows).to(self.dtype)
+        scores = query @ self.key.to(self.dtype).mT * self.scale
+        for bias in biases:
+            scores = scores + self._entries(take(bias, self.heads, self._edit.shape[1]), rows)
+        return scores
+
+    def _rows(self, tensor: Tensor, rows: Tensor | slice | None) -> Tensor:
+        """Chosen queries of ``(batch, heads, queries, size)``."""
+        if not isinstance(rows, Tensor):
+            return tensor[:, :, slice(None) if rows is None else rows]
+        index = rows[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+        return tensor.gather(2, index)
+
+    def _entries(self, bias: Bias, rows: Tensor | slice | None) -> Tensor:
+        every = slice(None)
+        if not isinstance(rows, Tensor):
+            return bias[every, every, every if rows is None else rows, every].dense().to(self.dtype)
+        parts = []
+        for number, chosen in enumerate(rows.tolist()):
+            own = slice(number, number + 1) if bias.batch > 1 else every
+            lines = [bias[own, every, row : row + 1, every].dense() for row in chosen]
+            parts.append(torch.cat(lines, 2))
+        return torch.cat(parts).to(self.dtype)
+
+    # What is kept ---------------------------------------------------------------------------------
+
+    @property
+    def looked(self) -> dict[Site, Any]:
+        return self._memory.looked
+
+    def frozen(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returned in the last prefill call at this site; made anew in each of them.
+
+        For decisions that a rule takes on the prompt and keeps for the tokens that follow. With a
+        prefill in chunks the last chunk decides.
+
+        Raises:
+            Refused: decoding from a cache that was filled before the context was entered.
+        """
+        place = (self.site, name)
+        if self.phase == "prefill":
+            self._memory.frozen[place] = make()
+        elif place not in self._memory.frozen:
+            raise Refused(
+                f"{self.site}: a rule decides on the prompt, but this context saw only the steps "
+                "after it: run the prefill inside the context too."
+            )
+        found: T = self._memory.frozen[place]
+        return found
+
+    def grown(self, keys: Tensor, fill: Any = False) -> Tensor:
+        """A tensor over the keys of an earlier call ``(..., keys)`` on the keys of this one."""
+        more = self.shape[3] - keys.shape[-1]
+        if more <= 0:
+            return keys[..., : self.shape[3]]
+        return torch.cat([keys, keys.new_full((*keys.shape[:-1], more), fill)], -1)
 
     def _one_sequence(self) -> None:
         own = self._call.bias

@@ -342,14 +342,14 @@ class Push:
     def end_forward(self, forward: int) -> None: ...
 
     @staticmethod
-    def compute(call: Any, editors: list[Any]) -> tuple[Tensor | None, Any]:
+    def compute(call: Any, editors: list[Any]) -> tuple[Tensor | None, Any, Any, str]:
         from attnbias import KeyBias
 
         shift = sum(editor.shift for editor in editors)
         for editor in editors:
             editor.seen.append((call.site, call.recomputed))
         if shift == 0:
-            return None, None
+            return None, None, call, ""
         extra = KeyBias((torch.arange(call.key.shape[2]) == 0) * float(shift))
         group = call.query.shape[1] // call.key.shape[1]
         key, value = call.key.repeat_interleave(group, 1), call.value.repeat_interleave(group, 1)
@@ -360,7 +360,7 @@ class Push:
             sink = call.sink[None, :, None, None].expand(*scores.shape[:3], 1)
             scores = torch.cat([scores, sink], -1)
         weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., : key.shape[2]]
-        return (weights @ value).transpose(1, 2).to(call.query.dtype), extra
+        return (weights @ value).transpose(1, 2).to(call.query.dtype), extra, call, ""
 
 
 def state(model: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnbias.bias import Bias, Dense
 from attnbias.steer import Rule, SiteCall
-from attnbias.steer.site import Keys, keys_of
+from attnbias.steer.spans import Keys, keys_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ import torch
 from attnbias.bias import Bias, KeyBias
 from attnbias.errors import AttnbiasError
 from attnbias.steer.rule import Rule
-from attnbias.steer.site import Keys, SiteCall, keys_of
+from attnbias.steer.site import SiteCall
+from attnbias.steer.spans import Keys, keys_of
 
 
 @dataclass(frozen=True, kw_only=True)

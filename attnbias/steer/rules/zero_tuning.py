@@ -13,7 +13,8 @@ from torch import nn
 from attnbias.bias import Bias, KeyBias
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.steer.rule import Rule
-from attnbias.steer.site import FIRST, SiteCall
+from attnbias.steer.site import SiteCall
+from attnbias.steer.spans import FIRST
 
 # A third party's sweep; the paper publishes no grid.
 GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 10.0)
