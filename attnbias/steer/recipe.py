@@ -12,11 +12,14 @@ from typing import Any
 
 from attnbias import __version__
 from attnbias.errors import AttnbiasError
+from attnbias.steer import rules as shelf
 from attnbias.steer.rule import Rule
-from attnbias.steer.rules import KeyShift, ZeroTuning
 
 FORMAT = 1
-BUILT_IN: dict[str, type[Rule]] = {rule.__name__: rule for rule in (KeyShift, ZeroTuning)}
+_SHELF = (getattr(shelf, name) for name in shelf.__all__)
+BUILT_IN: dict[str, type[Rule]] = {
+    item.__name__: item for item in _SHELF if isinstance(item, type) and issubclass(item, Rule)
+}
 GROUP = "attnbias.rules"
 
 
