@@ -59,7 +59,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 IMAGES = ROOT / "docs" / "images"
 SCRATCH = ROOT / "out" / "benchmarks"  # quick runs: never among the recorded results
 # What the benchmarks write themselves does not make a tree dirty.
-_OWN_OUTPUT = (":!benchmarks/results", ":!docs/images", ":!out")
+_OWN_OUTPUT = (":!benchmarks/results", ":!experiments/results", ":!docs/images", ":!out")
 
 
 def _git(*arguments: str) -> str | None:
