@@ -37,17 +37,26 @@ class DenseEdit:
     towers: Sequence[str] | None = None
 
 
+# What an attention module calls the projection that makes its queries.
+_PROJECTIONS = ("q_proj", "query", "qkv", "qkv_proj", "c_attn", "query_key_value")
+
+
+def _takes_pixels(model: nn.Module) -> bool:
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
 def numbering(model: nn.Module) -> dict[int, tuple[str, int]]:
     """Attention modules by id: their tower and their number inside it."""
     found: dict[int, tuple[str, int]] = {}
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]
-        has_query = any(hasattr(module, part) for part in ("q_proj", "query"))
-        if not has_query:
+        if not any(isinstance(getattr(module, part, None), nn.Module) for part in _PROJECTIONS):
             continue
         tower = "text"
-        if "encoder_attn" in leaf:
+        if "vision" in name or "visual" in name or _takes_pixels(model):
+            tower = "vision"
+        elif "encoder_attn" in leaf:
             tower = "cross"
         elif (
             ".decoder." in f".{name}"
