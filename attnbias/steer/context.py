@@ -16,6 +16,7 @@ from attnbias.steer.spans import Spans
 
 if TYPE_CHECKING:
     from attnbias.hub import Call, Site
+    from attnbias.hub.prompt import Prompt
 
 
 class Editing:
@@ -78,7 +79,12 @@ class Editing:
 
 
 @contextmanager
-def steer(model: nn.Module, *rules: Rule, spans: Mapping[str, Any] | None = None) -> Iterator[None]:
+def steer(
+    model: nn.Module,
+    *rules: Rule,
+    spans: Mapping[str, Any] | None = None,
+    prompt: Prompt | None = None,
+) -> Iterator[None]:
     r"""Shift the attention of a trained model while the block runs.
 
     .. math:: p'_{ij} \propto p_{ij}\, e^{\sum_r B^r_{ij}} \prod_r m'^r_{i g(j)} / m^r_{i g(j)}
@@ -94,6 +100,8 @@ def steer(model: nn.Module, *rules: Rule, spans: Mapping[str, Any] | None = None
         spans: named token positions for rules that need them, as in ``ab.prompt(...).spans``:
             ``name -> (start, stop)``, or a list of these with one per row of the batch.
             "first" is always known.
+        prompt: what ``ab.prompt`` made: its spans are known (those of `spans` come first), and
+            rules that measure each prompt (`Rule.prepare`) do so now.
 
     Cost: one attention call on the chosen heads for any number of biases, and two more for each
     reallocation; the plain call too where some rows are left alone.
@@ -109,10 +117,17 @@ def steer(model: nn.Module, *rules: Rule, spans: Mapping[str, Any] | None = None
 
     if not rules:
         raise AttnbiasError("steer needs at least one rule, as in ab.rules.KeyShift(...).")
-    editing = Editing(_checked(rules), spans)
+    rules, spans = _prompted(model, _checked(rules), spans, prompt)
+    editing = Editing(rules, spans)
     places = sites(model)
     for rule in rules:
         rule.ready()
+        if not rule.prepared:
+            name = type(rule).__name__
+            raise Refused(
+                f"{name} measures each prompt before it is run: write ab.steer(model, rule, "
+                "prompt=ab.prompt(tokenizer, ...)), or rule = rule.prepare(model, prompt)."
+            )
         missing = [name for name in rule.needs if name not in editing.spans]
         if missing:
             raise AttnbiasError(
@@ -124,6 +139,27 @@ def steer(model: nn.Module, *rules: Rule, spans: Mapping[str, Any] | None = None
     with attach(model, editing):
         yield
     editing.tell()
+
+
+def _prompted(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    spans: Mapping[str, Any] | None,
+    prompt: Prompt | None,
+) -> tuple[tuple[Rule, ...], Mapping[str, Any] | None]:
+    """Rules and spans for one prompt."""
+    if prompt is None:
+        return tuple(rules), spans
+    from attnbias.hub.prompt import Prompt
+
+    if not isinstance(prompt, Prompt):
+        raise AttnbiasError(
+            f"prompt must be what ab.prompt(tokenizer, ...) returns, got {type(prompt).__name__}."
+        )
+    for rule in rules:
+        rule.ready()
+    made = (rule.prepare(model, prompt) if rule.uses("prepare") else rule for rule in rules)
+    return _checked(tuple(made)), {**prompt.spans, **(spans or {})}  # type: ignore[return-value]
 
 
 def _checked(rules: Sequence[Any]) -> Sequence[Rule]:

@@ -13,6 +13,9 @@ from attnbias.bias import Bias
 from attnbias.errors import AttnbiasError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from attnbias.hub.prompt import Prompt
     from attnbias.steer.hooks import Vectors
     from attnbias.steer.site import SiteCall
 
@@ -81,6 +84,19 @@ class Rule(ABC):
 
     def ready(self) -> None:  # noqa: B027 - most rules have nothing to fit
         """Raise `Refused` with the line to run where the rule must first be fitted."""
+
+    def prepare(self, model: nn.Module, prompt: Prompt) -> Rule:
+        """The rule with what it measured of one prompt; `steer` calls it before the prompt is run.
+
+        For rules that need passes of their own for each prompt. The model is seen as it is then:
+        plain, or under the contexts around.
+        """
+        return self
+
+    @property
+    def prepared(self) -> bool:
+        """Whether `prepare` has run, where the rule has one."""
+        return True
 
     def bias(self, site: SiteCall) -> Bias | None:
         """What to add to the scaled scores, in natural-log units; None for nothing.
