@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,10 +99,10 @@ class HookCase:
             with self.steer(subject, self.large):
                 found = subject.run(**inputs)
             for row, part in enumerate(rows):
-                alone = {"input_ids": inputs["input_ids"][row : row + 1, part]}
+                alone = subject.row(row, part, **inputs)
+                del alone["attention_mask"]
                 with self.steer(subject, self.large):
-                    single = subject.model(**alone)
-                single = single.logits if hasattr(single, "logits") else single.last_hidden_state
+                    single = replace(subject, inputs=alone).run()
                 assert off(found[row, part], single[0]) < self.tolerance, (name, row)
             assert off(found, plain) > 30 * self.tolerance
 
@@ -109,10 +110,9 @@ class HookCase:
     def test_rows_of_a_batch_do_not_touch_each_other(self, request: pytest.FixtureRequest) -> None:
         for name in self.subjects:
             subject = self.each(name, request)
-            swapped = {key: value.flip(0) for key, value in subject.inputs.items()}
             with self.steer(subject, self.large):
                 found = subject.run()
-                turned = subject.run(**swapped)
+                turned = subject.run(**subject.swapped())
             assert off(turned.flip(0), found) < self.tolerance, name
             assert off(found[:1], found[1:]) > 30 * self.tolerance, name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ import attnbias as ab
 from attnbias.hub import Call, attach
 from attnbias.steer.engine import never_skip
 from tests.steer.dense import DenseEdit, Map, rewritten
-from tests.steer.models import DECODERS, NAMES, Subject, make
+from tests.steer.models import DECODERS, NAMES, VISION, VLMS, Subject, make
 
 RELATIVE = 3e-5  # float32 models beside a float64 map, through all layers
 
@@ -54,7 +55,14 @@ def padded(subject: Subject, side: str) -> tuple[dict[str, Tensor], Tensor, list
     ids[1] = 0
     ids[1, where] = row
     inputs = {"input_ids": ids, "attention_mask": keep}
-    inputs["position_ids"] = (keep.cumsum(-1) - 1).clamp(min=0)
+    if subject.spans:  # kinds of tokens and pixels go along; positions are the model's own affair
+        for name in subject.inputs.keys() - inputs.keys():
+            inputs[name] = subject.inputs[name].clone()
+            if inputs[name].shape == ids.shape:
+                inputs[name][1] = 0
+                inputs[name][1, where] = subject.inputs[name][1, :short]
+    else:
+        inputs["position_ids"] = (keep.cumsum(-1) - 1).clamp(min=0)
     positions = torch.where(keep > 0, keep.cumsum(-1) - 1, -1)
     return inputs, positions, [slice(0, length), where]
 
@@ -83,6 +91,11 @@ class RuleCase:
     def subject(self, request: pytest.FixtureRequest) -> Subject:
         return make(request.param, request)
 
+    @pytest.fixture(params=(*NAMES, *VISION))
+    def every(self, request: pytest.FixtureRequest) -> Subject:
+        """Subjects with a vision tower too, for the tests that they can fail on their own."""
+        return make(request.param, request)
+
     @pytest.fixture(params=DECODERS)
     def decoder(self, request: pytest.FixtureRequest) -> Subject:
         return make(request.param, request)
@@ -100,7 +113,7 @@ class RuleCase:
         **where: Any,
     ) -> Iterator[None]:
         if positions is None:
-            length = next(iter(subject.inputs.values())).shape[1]
+            length = subject.length or next(iter(subject.inputs.values())).shape[1]
             if subject.name == "vit":
                 length = 17
             if subject.name == "bart decoder":
@@ -113,13 +126,13 @@ class RuleCase:
     # The case -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def test_zero_strength_is_skipped(self, subject: Subject) -> None:
-        plain = subject.run()
+    def test_zero_strength_is_skipped(self, every: Subject) -> None:
+        plain = every.run()
         edits: list[ab.Bias | None] = []
         watch = Watch(lambda call, extra, output: edits.append(extra))
-        rule = self.rule(self.zero, heads="all", **self.where(subject))
-        with attach(subject.model, watch), ab.steer(subject.model, rule):
-            found = subject.run()
+        rule = self.rule(self.zero, heads="all", **self.where(every))
+        with attach(every.model, watch), ab.steer(every.model, rule):
+            found = every.run()
         assert float((found - plain).abs().max()) == 0.0
         assert edits
         assert all(extra is None for extra in edits)
@@ -144,29 +157,29 @@ class RuleCase:
 
     @torch.no_grad()
     @pytest.mark.parametrize("strength", ["small", "large"])
-    def test_equals_the_dense_rewrite(self, subject: Subject, strength: str) -> None:
+    def test_equals_the_dense_rewrite(self, every: Subject, strength: str) -> None:
         value = getattr(self, strength)
         where = {"layers": [0, 1], "heads": [0, 3]}
-        plain = subject.run()
-        with ab.steer(subject.model, self.rule(value, **where, **self.where(subject))):
-            found = subject.run()
-        eager = subject.eager()
-        with self.oracle(subject, eager, value, **where):
-            wanted = subject.run(eager)
+        plain = every.run()
+        with ab.steer(every.model, self.rule(value, **where, **self.where(every))):
+            found = every.run()
+        eager = every.eager()
+        with self.oracle(every, eager, value, **where):
+            wanted = every.run(eager)
         assert off(found, wanted) < RELATIVE
         # Leaving the edit out, and editing the wrong head or layer, would be seen.
         assert off(plain, wanted) > 30 * RELATIVE
         for wrong in ({"layers": [0, 1], "heads": [0, 2]}, {"layers": [1], "heads": [0, 3]}):
-            with self.oracle(subject, eager, value, **wrong):
-                assert off(found, subject.run(eager)) > 3 * RELATIVE
+            with self.oracle(every, eager, value, **wrong):
+                assert off(found, every.run(eager)) > 3 * RELATIVE
 
     @torch.no_grad()
     @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("name", ["stories", "minilm", "mistral", "gpt_oss"])
+    @pytest.mark.parametrize("name", ["stories", "minilm", "mistral", "gpt_oss", *VLMS])
     def test_padding(self, name: str, side: str, request: pytest.FixtureRequest) -> None:
         subject = make(name, request)
         inputs, positions, rows = padded(subject, side)
-        rule = self.rule(self.large, heads="all")
+        rule = self.rule(self.large, heads="all", **self.where(subject))
         plain = subject.run(**inputs)
         with ab.steer(subject.model, rule):
             found = subject.run(**inputs)
@@ -177,24 +190,19 @@ class RuleCase:
             assert off(found[row, part], wanted[row, part]) < RELATIVE
             assert off(plain[row, part], wanted[row, part]) > 30 * RELATIVE
             # A row of a batch is what it would be alone, without padding.
-            alone = {"input_ids": inputs["input_ids"][row : row + 1, part]}
+            alone = subject.row(row, part, **inputs)
+            del alone["attention_mask"]
             with ab.steer(subject.model, rule):
-                single = subject.model(**alone)
-            single = single.logits if hasattr(single, "logits") else single.last_hidden_state
+                single = replace(subject, inputs=alone).run()
             assert off(found[row, part], single[0]) < RELATIVE
 
     @torch.no_grad()
-    def test_rows_of_a_batch_do_not_touch_each_other(self, subject: Subject) -> None:
-        rule = self.rule(self.large, heads="all", **self.where(subject))
-        swapped = {name: value.flip(0) for name, value in subject.inputs.items()}
-        other = {
-            name: torch.cat([value[:1], value[1:].flip(1)])
-            for name, value in subject.inputs.items()
-        }
-        with ab.steer(subject.model, rule):
-            found = subject.run()
-            assert off(subject.run(**swapped).flip(0), found) < RELATIVE
-            changed = subject.run(**other)
+    def test_rows_of_a_batch_do_not_touch_each_other(self, every: Subject) -> None:
+        rule = self.rule(self.large, heads="all", **self.where(every))
+        with ab.steer(every.model, rule):
+            found = every.run()
+            assert off(every.run(**every.swapped()).flip(0), found) < RELATIVE
+            changed = every.run(**every.changed())
         assert off(changed[0], found[0]) < RELATIVE
         assert off(changed[1], found[1]) > 30 * RELATIVE
 
@@ -312,13 +320,34 @@ class RuleCase:
         assert not torch.equal(plain, wanted)
 
     @torch.no_grad()
-    def test_restores_on_exit_and_on_exception(self, subject: Subject) -> None:
-        plain = subject.run()
-        before = {name: id(value) for name, value in vars(subject.model.config).items()}
+    @pytest.mark.parametrize("name", VLMS)
+    def test_generate_after_an_image(self, name: str, request: pytest.FixtureRequest) -> None:
+        """Greedy tokens, cached, are those of whole forwards of the dense rewrite."""
+        subject = make(name, request)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        plain = subject.model.generate(**subject.inputs, **options)
         rule = self.rule(self.large, heads="all", **self.where(subject))
         with ab.steer(subject.model, rule):
-            subject.run()
-        assert torch.equal(subject.run(), plain)
+            found = subject.model.generate(**subject.inputs, **options)
+        eager, inputs = subject.eager(), dict(subject.inputs)
+        for _ in range(6):
+            places = torch.arange(inputs["input_ids"].shape[1])[None]
+            with self.oracle(subject, eager, self.large, places):
+                scores = subject.run(eager, **inputs, use_cache=False)[:, -1]
+            for kind in inputs.keys() - {"pixel_values", "image_grid_thw"}:
+                new = scores.argmax(-1) if kind == "input_ids" else torch.zeros(2).long()
+                inputs[kind] = torch.cat([inputs[kind], new[:, None]], 1)
+        assert torch.equal(found, inputs["input_ids"])
+        assert not torch.equal(plain, found)
+
+    @torch.no_grad()
+    def test_restores_on_exit_and_on_exception(self, every: Subject) -> None:
+        plain = every.run()
+        before = {name: id(value) for name, value in vars(every.model.config).items()}
+        rule = self.rule(self.large, heads="all", **self.where(every))
+        with ab.steer(every.model, rule):
+            every.run()
+        assert torch.equal(every.run(), plain)
 
         def fail(call: Call, extra: ab.Bias | None, output: Tensor) -> None:
             if call.site.layer == 1:
@@ -326,14 +355,14 @@ class RuleCase:
 
         with (
             pytest.raises(RuntimeError, match="in the middle"),
-            ab.steer(subject.model, rule),
-            attach(subject.model, Watch(fail)),
+            ab.steer(every.model, rule),
+            attach(every.model, Watch(fail)),
         ):
-            subject.run()
-        assert torch.equal(subject.run(), plain)
-        assert {name: id(v) for name, v in vars(subject.model.config).items()} == before
-        with ab.steer(subject.model, rule):
-            assert not torch.equal(subject.run(), plain)
+            every.run()
+        assert torch.equal(every.run(), plain)
+        assert {name: id(v) for name, v in vars(every.model.config).items()} == before
+        with ab.steer(every.model, rule):
+            assert not torch.equal(every.run(), plain)
 
     def test_gradients(self, subject: Subject) -> None:
         """Training with an edit on: gradients to the weights are those of the dense rewrite."""

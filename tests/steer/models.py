@@ -336,6 +336,7 @@ def gemma3() -> Subject:
         "query_pre_attn_scalar": 8,
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "tie_word_embeddings": False,
     }
     vision = {
         "hidden_size": 32,
@@ -352,12 +353,14 @@ def gemma3() -> Subject:
         image_token_index=IMAGE,
         boi_token_index=BEFORE,
         eoi_token_index=AFTER,
+        tie_word_embeddings=False,  # tied and random, a model says the last word again
     )
     model = redraw(Gemma3ForConditionalGeneration(config)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("q_norm.weight"):  # queries are normalised: this is their length
                 weight.fill_(3.0)
+        model.get_input_embeddings().weight.mul_(32**-0.5)  # it multiplies by the root of the size
     ids = words_and_image()
     inputs = {
         "input_ids": ids,
