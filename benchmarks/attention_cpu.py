@@ -207,9 +207,9 @@ def target(args: argparse.Namespace, box: dict[str, Any]) -> tuple[Path, dict[st
     name = "attention_cpu.json"
     if args.out or args.quick:
         path = args.out or common.SCRATCH / f"quick_{name}"
-        return path, {"groups": {}, "runs": []} if args.quick else report.load(path)
+        return path, common.load_grid(None if args.quick else path)
     path = common.recorded_or_scratch(name, box)
-    found = report.load(path)
+    found = common.load_grid(path)
     if found["groups"] and not common.same_box(found, box, common.versions()):
         found = {"groups": {}, "runs": []}  # what lies in out/ is nobody's record
     return path, found
@@ -260,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if todo:
         recorded = path.parent == common.RESULTS
         report.draw(
-            report.load(path), (common.IMAGES if recorded else path.parent) / f"{path.stem}.png"
+            common.load_grid(path),
+            (common.IMAGES if recorded else path.parent) / f"{path.stem}.png",
         )
         print(f"{path}: {len(groups)} groups; goals: {goals}")
     failed = [c for g in groups.values() for c in g["lines"].values() if c["status"] == "failed"]

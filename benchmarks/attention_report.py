@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,14 +78,6 @@ def summary(found: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(verdict['holds'] for verdict in found)} of {len(found)} cells hold"
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The result file, or an empty one."""
-    if not path.exists():
-        return {"groups": {}, "runs": []}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
 def store(
     path: Path,
     head: Mapping[str, Any],
@@ -96,23 +87,13 @@ def store(
 ) -> str:
     """Write the JSON and its Markdown beside it; returns the goals' summary.
 
-    `runs` are the headers of earlier runs whose groups are still in the file; `whole` names the
-    groups of the whole grid, in order.
+    `runs` are the headers of earlier runs; `whole` names the groups of the whole grid, in order.
     """
-    order = {name: place for place, name in enumerate(whole)}
-    ordered = dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
-    used = {group["run"] for group in ordered.values()}
-    found = verdicts(ordered.values())
-    payload = {
-        **head,
-        "runs": [run for run in runs if run["started"] in used] + [dict(head)],
-        "complete": all(name in groups for name in whole),
-        "missing": [name for name in whole if name not in groups],
-        "goals": {"from_queries": GOALS_FROM, "summary": summary(found), "cells": found},
-        "groups": ordered,
-    }
-    common.write_json(path, payload)
-    common.write_text(path.with_suffix(".md"), markdown(payload))
+    made = common.grid(head, runs, groups, whole)
+    found = verdicts(made["groups"].values())
+    goals = {"from_queries": GOALS_FROM, "summary": summary(found), "cells": found}
+    payload = {**made, "goals": goals}
+    common.write_result(path, payload, markdown(payload))
     return summary(found)
 
 

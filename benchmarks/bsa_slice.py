@@ -267,8 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     size = {"context": context, "side": side, "heads": HEADS, "dim": DIM, "bases": BASES}
     payload = {**head, "size": size, "whole": args.whole, "found": found}
-    common.write_json(path, payload)
-    common.write_text(path.with_suffix(".md"), markdown(payload))
+    common.write_result(path, payload, markdown(payload))
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
     return 0 if args.whole or found["holds"] else 1
 

@@ -203,6 +203,43 @@ def write_json(path: Path, payload: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(payload, indent=1, allow_nan=False) + "\n")
 
 
+def write_result(path: Path, payload: Mapping[str, Any], text: str) -> None:
+    """Write a result's JSON, and its Markdown beside it."""
+    write_json(path, payload)
+    write_text(path.with_suffix(".md"), text)
+
+
+def load_grid(path: Path | None = None) -> dict[str, Any]:
+    """A result file of a grid measured group by group, or an empty one."""
+    if path is None or not path.exists():
+        return {"groups": {}, "runs": []}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def grid(
+    head: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
+    groups: Mapping[str, Mapping[str, Any]],
+    whole: Sequence[str],
+) -> dict[str, Any]:
+    """What the file of such a grid says of its groups, in the order of `whole`, the whole grid.
+
+    `runs` are the headers of earlier runs; those whose groups are still in the file are kept.
+    """
+    order = {name: place for place, name in enumerate(whole)}
+    ordered = dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
+    used = {group["run"] for group in ordered.values()}
+    before = [run for run in runs if run["started"] in used and run["started"] != head["started"]]
+    return {
+        **head,
+        "runs": [*before, dict(head)],
+        "complete": all(name in groups for name in whole),
+        "missing": [name for name in whole if name not in groups],
+        "groups": ordered,
+    }
+
+
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)

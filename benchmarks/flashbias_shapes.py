@@ -329,8 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 threads=torch.get_num_threads(),
             )
             payload = {**head, "groups": groups}
-            common.write_json(path, payload)
-            common.write_text(path.with_suffix(".md"), markdown(payload))
+            common.write_result(path, payload, markdown(payload))
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
     cells = [cell for group in groups for cell in group.get("lines", {}).values()]
     return 1 if any(cell["status"] == "failed" for cell in cells) else 0

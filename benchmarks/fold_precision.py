@@ -183,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads=torch.get_num_threads(),
     )
     payload = {**head, "formats": found}
-    common.write_json(path, payload)
-    common.write_text(path.with_suffix(".md"), markdown(payload))
+    common.write_result(path, payload, markdown(payload))
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
     return 0
 

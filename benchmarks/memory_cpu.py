@@ -197,9 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads=threads[0] if threads else None,
     )
     payload = {**head, "goals": goal(groups), "groups": groups}
-    common.write_json(path, payload)
-    common.write_text(path.with_suffix(".md"), markdown(payload))
-    print(path.with_suffix(".md").read_text(encoding="utf-8"))
+    common.write_result(path, payload, markdown(payload))
+    print(markdown(payload))
     failed = any(row["status"] != "ok" for group in groups for row in group["lines"].values())
     return 1 if failed else 0
 

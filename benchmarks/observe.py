@@ -294,9 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     head["code"] = common.fingerprint("attnbias", "benchmarks/observe.py")
     payload = {**head, "goals": verdicts(groups), "groups": groups}
-    common.write_json(path, payload)
-    common.write_text(path.with_suffix(".md"), markdown(payload))
-    print(path.with_suffix(".md").read_text(encoding="utf-8"))
+    common.write_result(path, payload, markdown(payload))
+    print(markdown(payload))
     bad = any(c["status"] != "ok" for group in groups for c in group["lines"].values())
     return 1 if bad else 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,6 @@ COLOURS = {
 }
 
 
-def empty() -> dict[str, Any]:
-    return {"groups": {}, "runs": []}
-
-
-def load(path: Path) -> dict[str, Any]:
-    """The result file, or an empty one."""
-    if not path.exists():
-        return empty()
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
 def store(
     path: Path,
     head: Mapping[str, Any],
@@ -49,21 +36,10 @@ def store(
     whole: Sequence[str],
 ) -> str:
     """Write the JSON and its Markdown beside it; returns the verdicts in words."""
-    order = {name: place for place, name in enumerate(whole)}
-    ordered = dict(sorted(groups.items(), key=lambda item: order.get(item[0], len(order))))
-    used = {group["run"] for group in ordered.values()}
-    found = structure_goals.verdicts(ordered.values())
-    before = [run for run in runs if run["started"] in used and run["started"] != head["started"]]
-    payload = {
-        **head,
-        "runs": [*before, dict(head)],
-        "complete": all(name in groups for name in whole),
-        "missing": [name for name in whole if name not in groups],
-        "goals": found,
-        "groups": ordered,
-    }
-    common.write_json(path, payload)
-    common.write_text(path.with_suffix(".md"), markdown(payload))
+    made = common.grid(head, runs, groups, whole)
+    found = structure_goals.verdicts(made["groups"].values())
+    payload = {**made, "goals": found}
+    common.write_result(path, payload, markdown(payload))
     return "\n".join(structure_goals.words(verdict) for verdict in found)
 
 

@@ -305,13 +305,13 @@ def target(args: argparse.Namespace, box: dict[str, Any]) -> tuple[Path, dict[st
     """Where to write, and what is there: results of another machine are never mixed or replaced."""
     name = "structures.json"
     if args.out:
-        return args.out, report.load(args.out)
+        return args.out, common.load_grid(args.out)
     if args.quick or args.lines:
-        return common.SCRATCH / f"{'quick' if args.quick else 'part'}_{name}", report.empty()
+        return common.SCRATCH / f"{'quick' if args.quick else 'part'}_{name}", common.load_grid()
     path = common.recorded_or_scratch(name, box)
-    found = report.load(path)
+    found = common.load_grid(path)
     if found["groups"] and not common.same_box(found, box, common.versions()):
-        found = report.empty()
+        found = common.load_grid()
     return path, found
 
 
@@ -360,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verdict = report.store(path, head, found["runs"], groups, whole)
     if todo:
         recorded = path.parent == common.RESULTS
-        report.draw(report.load(path), common.IMAGES if recorded else path.parent)
+        report.draw(common.load_grid(path), common.IMAGES if recorded else path.parent)
         print(f"{path}: {len(groups)} groups\n{verdict}")
     failed = [c for g in groups.values() for c in g["lines"].values() if c["status"] == "failed"]
     if failed:
