@@ -41,7 +41,9 @@ class Participant(Protocol):
     `output` what the model goes on with. An editor's class has ``compute(call, editors)``, static,
     returning the edited output (None: plain), the extra bias, the call as viewers must see it and
     why they cannot (empty: they can). Optional: `required`, sites that
-    must have been called by the time the context ends without an error.
+    must have been called by the time the context ends without an error; ``began(module, args,
+    kwargs)`` before and ``ended(module, output)`` after each forward of the outermost module, whose
+    return value is what the caller gets.
     """
 
     role: str
@@ -77,6 +79,7 @@ class Session:
         self.forward = -1
         self.thread = threading.get_ident()
         self.decoder_call: Before | None = None
+        self.flow: Any = None  # hidden states, where a participant follows them
         self._crosses = any(site.kind == "cross" for site in self.sites)
         self._frames: list[tuple[int, bool]] = []
         self._maps_asked = False
@@ -127,7 +130,9 @@ class Session:
                 "use one model object per thread."
             )
 
-    def enter(self, module: nn.Module, maps_asked: bool) -> None:
+    def enter(
+        self, module: nn.Module, maps_asked: bool, args: Any = (), kwargs: Any = None
+    ) -> None:
         recomputed = _in_backward()
         if not recomputed:
             self.check_thread()
@@ -143,20 +148,48 @@ class Session:
             self.decoder_call = None
             for participant in self.participants:
                 participant.begin_forward(self.forward)
+            for participant in self.participants:
+                if hasattr(participant, "began"):
+                    participant.began(module, args, kwargs or {})
 
-    def leave(self, module: nn.Module, finished: bool) -> None:
+    def leave(self, module: nn.Module, output: Any) -> Any:
+        """What the caller of `module` gets; None for `output` itself."""
         if threading.get_ident() != self.thread and not _in_backward():
-            return  # the other thread that has just been refused
+            return None  # the other thread that has just been refused
         if not self._frames or self._frames[-1][0] != id(module):
-            return
+            return None
         _, recomputed = self._frames.pop()
-        if self._frames or recomputed or not finished:
-            return
+        if self._frames or recomputed or output is None:
+            return None
         self.decoder_call = None
         if not self.calls:
             raise Refused(ignores(self.root))
         for participant in self.participants:
             participant.end_forward(self.forward)
+        for participant in list(self.participants):
+            if hasattr(participant, "ended"):
+                output = participant.ended(module, output)
+        return output
+
+    @contextmanager
+    def aside(self, participants: Iterable[Any]) -> Iterator[None]:
+        """Forwards of other participants, also in the middle of one; this session's state stays."""
+        kept = (self.participants, self._frames, self._maps_asked, self.decoder_call, self.forward)
+        calls = Counter(self.calls)
+        self.participants, self._frames = list(participants), []
+        self._maps_asked, self.decoder_call = False, None
+        try:
+            yield
+        finally:
+            (
+                self.participants,
+                self._frames,
+                self._maps_asked,
+                self.decoder_call,
+                self.forward,
+            ) = kept
+            self.calls.clear()
+            self.calls.update(calls)
 
     def require(self, wanted: Iterable[Site]) -> None:
         """Raise `Refused`, naming them, if forwards ran and some of `wanted` were not called."""
@@ -236,15 +269,16 @@ def _before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
         asked = kwargs.get("output_attentions")
         if asked is None:
             asked = getattr(getattr(module, "config", None), "output_attentions", False)
-        entry[1].enter(module, bool(asked))
+        entry[1].enter(module, bool(asked), args, kwargs)
 
 
 @outside_graphs
-def _after_forward(module: nn.Module, args: Any, output: Any) -> None:
+def _after_forward(module: nn.Module, args: Any, output: Any) -> Any:
     entry = _HOOKED.get(id(module))
     if entry is not None and entry[0] is module:
         # Models never return None: torch passes None when the forward has raised.
-        entry[1].leave(module, finished=output is not None)
+        return entry[1].leave(module, output)
+    return None
 
 
 def _join(model: nn.Module) -> Session:
