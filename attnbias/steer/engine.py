@@ -281,10 +281,12 @@ def _reallocate(edit: Edit, item: Active) -> None:
     old = torch.where(old < NO_MASS[kind], 0.0, old)
     new = item.rule.reallocate(site, old)
     if new is None:
+        item.effects.add("idle")
         return
     real = (edit.call.query_positions >= 0)[:, None, :, None]
     table = log_ratio(old, torch.where(real, new.to(old.dtype).expand_as(old), old), name)
     changed = (table.detach() != 0).any(-1)
+    item.effects.add("changed" if bool(changed.any()) else "missed")
     if bool(changed.any()):
         edit.folds.append(Fold(table, groups, item.heads))
         edit.mark(changed, item.heads)
