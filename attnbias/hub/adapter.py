@@ -41,9 +41,9 @@ class Participant(Protocol):
     `output` what the model goes on with. An editor's class has ``compute(call, editors)``, static,
     returning the edited output (None: plain), the extra bias, the call as viewers must see it and
     why they cannot (empty: they can). Optional: `required`, sites that
-    must have been called by the time the context ends without an error; ``began(module, args,
-    kwargs)`` before and ``ended(module, output)`` after each forward of the outermost module, whose
-    return value is what the caller gets.
+    must have been called by the time the context ends without an error; and, around each forward of
+    the outermost module, ``before_forward(module, args, kwargs)`` and ``after_forward(module,
+    output)``, whose return value is what the caller gets.
     """
 
     role: str
@@ -149,8 +149,8 @@ class Session:
             for participant in self.participants:
                 participant.begin_forward(self.forward)
             for participant in self.participants:
-                if hasattr(participant, "began"):
-                    participant.began(module, args, kwargs or {})
+                if hasattr(participant, "before_forward"):
+                    participant.before_forward(module, args, kwargs or {})
 
     def leave(self, module: nn.Module, output: Any) -> Any:
         """What the caller of `module` gets; None for `output` itself."""
@@ -167,8 +167,8 @@ class Session:
         for participant in self.participants:
             participant.end_forward(self.forward)
         for participant in list(self.participants):
-            if hasattr(participant, "ended"):
-                output = participant.ended(module, output)
+            if hasattr(participant, "after_forward"):
+                output = participant.after_forward(module, output)
         return output
 
     @contextmanager
