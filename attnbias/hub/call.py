@@ -67,6 +67,11 @@ class Call:
         self._session, self._mask, self._arguments = session, mask, arguments
         self._cache: dict[str, Any] = {}
 
+    @property
+    def session(self) -> Session:
+        """The session of the model that made the call."""
+        return self._session
+
     def with_vectors(self, query: Tensor, key: Tensor, value: Tensor) -> Call:
         """The same call with other queries, keys and values."""
         other = copy.copy(self)

@@ -17,6 +17,7 @@ from attnbias.steer.spans import Spans
 if TYPE_CHECKING:
     from attnbias.hub import Call, Site
     from attnbias.hub.prompt import Prompt
+    from attnbias.steer.stream import Flow
 
 
 class Editing:
@@ -26,8 +27,9 @@ class Editing:
 
     def __init__(self, rules: Sequence[Rule], spans: Mapping[str, Any] | None) -> None:
         self.rules, self.spans = tuple(rules), Spans(spans)
-        self._effects: list[set[str]] = [set() for _ in self.rules]
+        self.effects: list[set[str]] = [set() for _ in self.rules]
         self.memories = [Memory() for _ in self.rules]
+        self.flow: Flow | None = None  # the hidden states, where a rule reads or edits them
         self._ran = False
 
     def begin_forward(self, forward: int) -> None:
@@ -35,13 +37,17 @@ class Editing:
         self._ran = True
         for memory in self.memories:
             memory.looked.clear()
+        if self.flow is not None:
+            self.flow.begin()
 
     def end_forward(self, forward: int) -> None:
-        """Nothing to close."""
+        """Every hook that was set must have been called."""
+        if self.flow is not None:
+            self.flow.required(self.rules)
 
     def tell(self) -> None:
         """Warn of rules that had forwards to act on and met nothing to act on."""
-        for rule, effects in zip(self.rules, self._effects, strict=True):
+        for rule, effects in zip(self.rules, self.effects, strict=True):
             if not self._ran or (effects and effects != {"missed"}):
                 continue
             reason = (
@@ -54,8 +60,8 @@ class Editing:
     def active(self, call: Call) -> Iterator[Active]:
         """The rules that act at this call."""
         site, total = call.site, call.query.shape[1]
-        for rule, effects, memory in zip(self.rules, self._effects, self.memories, strict=True):
-            if not rule.acts_in(site.tower, site.layer, call.phase):
+        for rule, effects, memory in zip(self.rules, self.effects, self.memories, strict=True):
+            if not rule.acts_in(site.tower, site.layer, call.phase) or not attends(rule):
                 continue
             heads = rule.heads_at(site.layer)
             if heads == "all":
@@ -74,6 +80,9 @@ class Editing:
         Args:
             call: the attention call. editors: the `Editing` participants, outermost first.
         """
+        for editor in editors:
+            if editor.flow is not None:
+                editor.flow.see(call)
         active = [item for editor in editors for item in editor.active(call)]
         return edited(call, active) if active else Edited(None, None, call)
 
@@ -114,6 +123,7 @@ def steer(
         Refused: a rule that must be fitted first, a model that cannot be edited.
     """
     from attnbias.hub import attach, sites
+    from attnbias.steer.stream import streaming
 
     if not rules:
         raise AttnbiasError("steer needs at least one rule, as in ab.rules.KeyShift(...).")
@@ -136,7 +146,7 @@ def steer(
             )
         if places:
             check_places(rule, places)
-    with attach(model, editing):
+    with attach(model, editing) as session, streaming(session, editing):
         yield
     editing.tell()
 
@@ -170,6 +180,11 @@ def _checked(rules: Sequence[Any]) -> Sequence[Rule]:
                 f"{rule.__name__ + ' itself' if isinstance(rule, type) else type(rule).__name__}."
             )
     return rules
+
+
+def attends(rule: Rule) -> bool:
+    """Whether the rule looks at attention calls at all."""
+    return any(map(rule.uses, ("vectors", "bias", "reallocate", "outputs", "look")))
 
 
 def check_places(rule: Rule, places: Sequence[Site]) -> None:

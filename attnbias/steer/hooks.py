@@ -30,3 +30,15 @@ class Vectors:
     def __post_init__(self) -> None:
         if (self.extra_key is None) != (self.extra_value is None):
             raise AttnbiasError("Vectors needs extra_key and extra_value together, got one alone.")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens that a rule adds to a layer's input.
+
+    Args:
+        append: ``(batch | 1, tokens, size)``, put after the last token. They go through every layer
+            from this one on and are gone from everything that leaves the layers.
+    """
+
+    append: Tensor | None = None

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from attnbias.hub.prompt import Prompt
-    from attnbias.steer.hooks import Vectors
+    from attnbias.steer.hidden import HiddenCall, TokenCall
+    from attnbias.steer.hooks import Tokens, Vectors
     from attnbias.steer.site import SiteCall
 
 Phase = Literal["prefill", "decode", "both"]
@@ -55,6 +56,9 @@ class Rule(ABC):
     # A row-local rule decides about a query from that query's own row of attention: decoding step
     # by step then equals one pass.
     row_local: ClassVar[bool] = True
+    # Where `hidden` edits: "layer", "mlp", "attention", "neurons"; and whether site.hidden is read.
+    hidden_at: ClassVar[tuple[str, ...]] = ()
+    reads_hidden: ClassVar[bool] = False
     # Pydantic reads this for recipes: unknown fields and numbers written as text are refused.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
@@ -142,6 +146,19 @@ class Rule(ABC):
 
         Later hooks of the same forward find it in ``looked[site]``. None is not kept.
         """
+        return None
+
+    def hidden(self, site: HiddenCall, hidden: Tensor) -> Tensor | None:
+        """Edited hidden states ``(batch, tokens, size)`` at each place that `hidden_at` names.
+
+        ``"layer"`` is the residual stream after a layer, ``"mlp"`` and ``"attention"`` what such a
+        sub-block adds to it, ``"neurons"`` the MLP's hidden units after the activation (the input
+        of its down projection). None changes nothing.
+        """
+        return None
+
+    def tokens(self, site: TokenCall, hidden: Tensor) -> Tokens | None:
+        """Tokens to add to a layer's input ``(batch, tokens, size)``, None for nothing."""
         return None
 
     # What follows from it -------------------------------------------------------------------------

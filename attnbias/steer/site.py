@@ -131,6 +131,16 @@ class SiteCall:
         """``(batch, heads, keys, value dim)``: one per query head."""
         return repeat(on_heads(self._edit, self.heads)[2], len(self.heads))
 
+    @property
+    def hidden(self) -> Tensor:
+        """The layer's input ``(batch, queries, size)``, what its first norm reads.
+
+        For rules that set ``reads_hidden = True``.
+        """
+        from attnbias.steer.stream import input_of
+
+        return input_of(self._call)
+
     def scores(self, rows: Tensor | slice | None = None) -> Tensor:
         """Scaled scores of chosen queries with the model's own masks and position bias.
 
