@@ -79,6 +79,12 @@ class Call:
         other._cache = {"bias": self._cache["bias"]} if "bias" in self._cache else {}
         return other
 
+    def rotated(self, vectors: Tensor, by: Tensor) -> Tensor:
+        """Queries or keys moved on by positions: see `attnbias.hub.rotary.rotate`."""
+        from attnbias.hub.rotary import rotate
+
+        return rotate(self._session.root, self.site, self.module, vectors, by)
+
     # The stock route -------------------------------------------------------------------------
 
     def stock_mask(self) -> Any:

@@ -63,7 +63,7 @@ class Editing:
         for rule, effects, memory in zip(self.rules, self.effects, self.memories, strict=True):
             if not rule.acts_in(site.tower, site.layer, call.phase) or not attends(rule):
                 continue
-            heads = rule.heads_at(site.layer)
+            heads = rule.heads_in(site.tower, site.layer)
             if heads == "all":
                 heads = tuple(range(total))
             if heads[-1] >= total:

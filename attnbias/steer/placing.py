@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnbias.bias import Bias, Bucketed, Dense, KeyBias, Relative, Sum, add
+
+if TYPE_CHECKING:
+    from attnbias.steer.site import SiteCall
 
 ROWS = 256  # queries whose visibility is looked at together
 
@@ -105,6 +109,16 @@ def gather(tensor: Tensor, index: tuple[int, ...], fill: bool = True) -> Tensor:
     if not fill or -1 not in index:
         return part
     return part.masked_fill((numbers < 0).reshape((1, -1) + (1,) * (part.ndim - 2)), 0.0)
+
+
+def on_last(site: SiteCall, line: Tensor) -> Bias:
+    """A bias on the last real query of each row alone: ``line (batch, heads, 1, keys)``."""
+    if site.shape[2] == 1:
+        return KeyBias(line[:, :, 0])
+    order = torch.arange(site.shape[2], device=line.device)
+    rows = (order == site.last.to(line.device)[:, None]).long()[:, None]
+    cols = torch.arange(line.shape[-1], device=line.device)[None, None]
+    return Bucketed(torch.cat([torch.zeros_like(line), line], 2), rows, cols)
 
 
 def reach(edit: Bias, own: Bias | None, shape: tuple[int, int, int, int]) -> Tensor:

@@ -178,13 +178,19 @@ class Rule(ABC):
         }
         return tuple(sorted(chosen))
 
+    def heads_in(self, tower: str, layer: int) -> Literal["all"] | tuple[int, ...]:
+        """`heads_at` in a tower: a rule that edits one tower by what it sees in another overrides
+        it.
+        """
+        return self.heads_at(layer)
+
     def acts_in(self, tower: str, layer: int, phase: str) -> bool:
         """Whether the rule has something to do at a site in a phase."""
         return (
             self.phase in ("both", phase)
             and (self.towers is None or tower in self.towers)
             and (self.layers == "all" or layer in self.layers)
-            and bool(self.heads_at(layer))
+            and bool(self.heads_in(tower, layer))
         )
 
     def named_layers(self) -> set[int]:

@@ -117,6 +117,21 @@ class SiteCall:
         return self._call.scale
 
     @property
+    def sink(self) -> Tensor | None:
+        """One more logit per head in the softmax, with no value: ``(heads,)``; None: no such."""
+        sink = self._call.sink
+        return None if sink is None else sink[list(self.heads)]
+
+    def rotated(self, vectors: Tensor, by: Tensor) -> Tensor:
+        """Queries or keys ``(batch, heads, length, dim)`` moved on by positions ``(batch | 1,
+        length)``, as the model's rotary embedding does.
+
+        Raises:
+            Refused: the layer has no rotary embedding, or none that can be moved.
+        """
+        return self._call.rotated(vectors, by)
+
+    @property
     def query(self) -> Tensor:
         """``(batch, heads, queries, dim)``, rotary embedding applied, in the model's dtype."""
         return on_heads(self._edit, self.heads)[0]
@@ -249,14 +264,16 @@ class SiteCall:
         """What `make` returned in the last prefill call at this site; made anew in each of them.
 
         For decisions that a rule takes on the prompt and keeps for the tokens that follow. With a
-        prefill in chunks the last chunk decides.
+        prefill in chunks the last chunk decides; where `make` returns None (nothing new to decide
+        on) what was there before stays.
 
         Raises:
             Refused: decoding from a cache that was filled before the context was entered.
         """
         place = (self.site, name)
-        if self.phase == "prefill":
-            self._memory.frozen[place] = make()
+        made = make() if self.phase == "prefill" else None
+        if made is not None:
+            self._memory.frozen[place] = made
         elif place not in self._memory.frozen:
             raise Refused(
                 f"{self.site}: a rule decides on the prompt, but this context saw only the steps "

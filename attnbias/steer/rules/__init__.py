@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from attnbias.steer.rules.hard_pattern import HardPattern
 from attnbias.steer.rules.key_shift import KeyShift
+from attnbias.steer.rules.loco_re import LocoRE
+from attnbias.steer.rules.paint import PAINT
+from attnbias.steer.rules.pasta import PASTA
 from attnbias.steer.rules.split_softmax import SplitSoftmax
+from attnbias.steer.rules.streaming_llm import StreamingLLM
 from attnbias.steer.rules.zero_tuning import Example, Fitted, ZeroTuning
 
-__all__ = ["Example", "Fitted", "KeyShift", "SplitSoftmax", "ZeroTuning"]
+__all__ = [
+    "PAINT",
+    "PASTA",
+    "Example",
+    "Fitted",
+    "HardPattern",
+    "KeyShift",
+    "LocoRE",
+    "SplitSoftmax",
+    "StreamingLLM",
+    "ZeroTuning",
+]
