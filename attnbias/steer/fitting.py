@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError
-from attnbias.steer.context import check_places, steer
+from attnbias.steer.context import check_places
 from attnbias.steer.rules.zero_tuning import Example, Fitted, ZeroTuning, is_factor
+from attnbias.steer.scoring import Score, bar, examples_of
+from attnbias.steer.scoring import score as scored
 
 if TYPE_CHECKING:
     from attnbias.hub import Call
 
-Score = tuple[float, ...]
 Scorer = Callable[[ZeroTuning], Score]
 
 
@@ -31,15 +31,15 @@ def search(
     progress: bool,
 ) -> ZeroTuning:
     """See `ZeroTuning.fit`."""
-    kept = _examples(examples, by)
+    kept = examples_of(examples, by)
     _check(rule, model, by, grid, profile)
     candidates = _candidates(rule, model, kept[0])
     base = replace(rule, heads=candidates, factor=1.0, fitted=None)
     steps = 1 + 2 * len(candidates) + len(grid)
-    with _bar(steps, progress) as tick:
+    with bar(steps, progress, "ZeroTuning") as tick:
 
         def score(trial: ZeroTuning) -> Score:
-            found = _score(trial, model, kept, by)
+            found = scored(trial, model, kept, by)
             tick()
             return found
 
@@ -84,53 +84,6 @@ def _profile(
     rising = (len(up), gain["up"]) >= (len(down), gain["down"])
     heads = tuple(up if rising else down)
     return tuple(down), tuple(up), heads, (lambda f: f > 1) if rising else (lambda f: f < 1)
-
-
-@torch.no_grad()
-def _score(rule: ZeroTuning, model: nn.Module, examples: list[Example], by: str) -> Score:
-    right, log_probability, entropy = 0.0, 0.0, 0.0
-    with steer(model, rule):
-        for example in examples:
-            logits = _next(model(**example.inputs).logits, example.inputs).double()
-            choices = list(example.choices) or list(range(len(logits)))
-            logs = logits[choices].log_softmax(-1)
-            entropy -= float((logs.exp() * logs).sum())
-            if by == "accuracy":
-                place = choices.index(example.answer)  # type: ignore[arg-type]
-                right += float(int(logs.argmax()) == place)
-                log_probability += float(logs[place])
-    count = len(examples)
-    return (right / count, log_probability / count) if by == "accuracy" else (-entropy / count,)
-
-
-def _next(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """The logits that follow the last real token (or the classes) of the one row."""
-    if logits.shape[0] != 1:
-        raise AttnbiasError(f"an example must hold one row, got {logits.shape[0]}.")
-    if logits.ndim == 2:
-        return logits[0]
-    mask = inputs.get("attention_mask")
-    last = -1 if mask is None or mask.ndim != 2 else int(mask[0].nonzero()[-1])
-    return logits[0, last]
-
-
-def _examples(examples: Sequence[Any], by: str) -> list[Example]:
-    if by not in ("accuracy", "entropy"):
-        raise AttnbiasError(f"by must be 'accuracy' or 'entropy', got {by!r}.")
-    kept = [Example(dict(e)) if isinstance(e, Mapping) else e for e in examples]
-    if not kept or not all(isinstance(e, Example) for e in kept):
-        raise AttnbiasError(
-            "fit needs examples such as ab.rules.Example(inputs, answer=token), got "
-            f"{'none' if not kept else type(examples[0]).__name__}."
-        )
-    for number, example in enumerate(kept):
-        missing = by == "accuracy" and example.answer is None
-        if missing or (example.choices and example.answer not in (None, *example.choices)):
-            raise AttnbiasError(
-                f"example {number} has the answer {example.answer!r}, expected one of its choices;"
-                " without labels write by='entropy'."
-            )
-    return kept
 
 
 def _check(
@@ -191,18 +144,3 @@ class _Count:
     def see(self, call: Call, extra: Any, output: Tensor, lse: Tensor | None) -> None:
         if self.rule.acts_in(call.site.tower, call.site.layer, call.phase):
             self.heads.add(call.query.shape[1])
-
-
-@contextmanager
-def _bar(steps: int, show: bool) -> Iterator[Callable[[], None]]:
-    try:
-        if not show:
-            raise ImportError
-        from rich.progress import Progress
-    except ImportError:
-        yield lambda: None
-        return
-    with Progress(transient=True) as progress:
-        task = progress.add_task("ZeroTuning", total=steps)
-        yield lambda: progress.advance(task)
-        progress.update(task, completed=steps)
