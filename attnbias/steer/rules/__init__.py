@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnbias.steer.rules.act import ACT, Selected
 from attnbias.steer.rules.hard_pattern import HardPattern
 from attnbias.steer.rules.key_shift import KeyShift
 from attnbias.steer.rules.loco_re import LocoRE
@@ -9,9 +10,11 @@ from attnbias.steer.rules.paint import PAINT
 from attnbias.steer.rules.pasta import PASTA
 from attnbias.steer.rules.split_softmax import SplitSoftmax
 from attnbias.steer.rules.streaming_llm import StreamingLLM
+from attnbias.steer.rules.test_time_registers import RegisterFit, TestTimeRegisters
 from attnbias.steer.rules.zero_tuning import Example, Fitted, ZeroTuning
 
 __all__ = [
+    "ACT",
     "PAINT",
     "PASTA",
     "Example",
@@ -19,7 +22,10 @@ __all__ = [
     "HardPattern",
     "KeyShift",
     "LocoRE",
+    "RegisterFit",
+    "Selected",
     "SplitSoftmax",
     "StreamingLLM",
+    "TestTimeRegisters",
     "ZeroTuning",
 ]
