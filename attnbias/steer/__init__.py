@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnbias._room import callable_room
 from attnbias.steer import rules
+from attnbias.steer.branch import Branch, Lane
 from attnbias.steer.context import steer
 from attnbias.steer.hidden import HiddenCall, TokenCall
 from attnbias.steer.hooks import Tokens, Vectors
@@ -11,13 +12,17 @@ from attnbias.steer.recipe import Recipe
 from attnbias.steer.rule import Rule
 from attnbias.steer.site import SiteCall
 from attnbias.steer.spans import Range
+from attnbias.steer.step import Step
 
 __all__ = [
+    "Branch",
     "HiddenCall",
+    "Lane",
     "Range",
     "Recipe",
     "Rule",
     "SiteCall",
+    "Step",
     "TokenCall",
     "Tokens",
     "Vectors",

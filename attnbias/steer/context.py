@@ -17,6 +17,7 @@ from attnbias.steer.spans import Spans
 if TYPE_CHECKING:
     from attnbias.hub import Call, Site
     from attnbias.hub.prompt import Prompt
+    from attnbias.steer.step import Stepper
     from attnbias.steer.stream import Flow
 
 
@@ -30,6 +31,7 @@ class Editing:
         self.effects: list[set[str]] = [set() for _ in self.rules]
         self.memories = [Memory() for _ in self.rules]
         self.flow: Flow | None = None  # the hidden states, where a rule reads or edits them
+        self.stepper: Stepper | None = None  # branches and next-token scores
         self._ran = False
 
     def begin_forward(self, forward: int) -> None:
@@ -45,6 +47,15 @@ class Editing:
         if self.flow is not None:
             self.flow.required(self.rules)
 
+    def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What the caller feeds the model."""
+        if self.stepper is not None:
+            self.stepper.before(module, args, kwargs)
+
+    def after_forward(self, module: nn.Module, output: Any) -> Any:
+        """What the caller gets."""
+        return output if self.stepper is None else self.stepper.after(module, output)
+
     def tell(self) -> None:
         """Warn of rules that had forwards to act on and met nothing to act on."""
         for rule, effects in zip(self.rules, self.effects, strict=True):
@@ -57,10 +68,13 @@ class Editing:
             )
             warnings.warn(f"{rule!r} changed nothing: {reason}.", UserWarning, stacklevel=4)
 
-    def active(self, call: Call) -> Iterator[Active]:
-        """The rules that act at this call."""
+    def active(self, call: Call, only: int | None = None) -> Iterator[Active]:
+        """The rules that act at this call, or only the rule of that number."""
         site, total = call.site, call.query.shape[1]
-        for rule, effects, memory in zip(self.rules, self.effects, self.memories, strict=True):
+        entries = zip(self.rules, self.effects, self.memories, strict=True)
+        for number, (rule, effects, memory) in enumerate(entries):
+            if only not in (None, number):
+                continue
             if not rule.acts_in(site.tower, site.layer, call.phase) or not attends(rule):
                 continue
             heads = rule.heads_in(site.tower, site.layer)
@@ -123,6 +137,8 @@ def steer(
         Refused: a rule that must be fitted first, a model that cannot be edited.
     """
     from attnbias.hub import attach, sites
+    from attnbias.steer.gate import gate
+    from attnbias.steer.step import stepping
     from attnbias.steer.stream import streaming
 
     if not rules:
@@ -146,7 +162,12 @@ def steer(
             )
         if places:
             check_places(rule, places)
-    with attach(model, editing) as session, streaming(session, editing):
+    with (
+        attach(model, editing) as session,
+        streaming(session, editing),
+        stepping(session, editing),
+        gate(editing, session),
+    ):
         yield
     editing.tell()
 

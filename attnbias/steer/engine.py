@@ -6,7 +6,7 @@ order given (an outer context first), each seeing the shares after the one befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,7 @@ from attnbias.steer.spans import Spans
 
 if TYPE_CHECKING:
     from attnbias.hub import Call, Site
+    from attnbias.steer.branch import Lane
 
 _SKIP = True
 
@@ -48,10 +49,14 @@ class Memory:
 
     frozen: by (site, name), with the batch it was made for; made anew in every prefill call.
     looked: by site, what `look` returned in the forward that runs.
+    state: what the rule's `decode` has put there for its other hooks.
+    branch: gives the rule's branches by name; None inside a branch.
     """
 
     frozen: dict[Any, Any] = field(default_factory=dict)
     looked: dict[Site, Any] = field(default_factory=dict)
+    state: dict[Any, Any] = field(default_factory=dict)
+    branch: Callable[[str], Lane] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ class Active:
     spans: Spans
     effects: set[str]
     memory: Memory
+    looks_only: bool = False  # in a branch of its own
+
+    def uses(self, hook: str) -> bool:
+        return (hook == "look" or not self.looks_only) and self.rule.uses(hook)
 
     def site(self, edit: Edit) -> SiteCall:
         return SiteCall(edit, self.heads, self.spans, self.memory)
@@ -177,10 +186,10 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
     """
     edit = Edit(call)
     for item in active:
-        if item.rule.uses("vectors"):
+        if item.uses("vectors"):
             extra.apply(edit, item)
     for item in active:
-        if not item.rule.uses("bias"):
+        if not item.uses("bias"):
             continue
         bias = item.rule.bias(item.site(edit))
         if bias is None:
@@ -196,7 +205,7 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
         reached = reach(edit.biases, call.bias, edit.shape)
         edit.touched = edit.touched | reached.to(edit.touched.device)
     for item in active:
-        if item.rule.uses("reallocate"):
+        if item.uses("reallocate"):
             _reallocate(edit, item)
     if not _SKIP:
         for item in active:
@@ -204,7 +213,7 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
     edit.touched = edit.touched & (call.query_positions >= 0)[:, None, :]
     output = _output(edit) if bool(edit.touched.any()) else None
     for item in active:
-        if item.rule.uses("outputs"):
+        if item.uses("outputs"):
             output = _outputs(edit, item, output)
     if output is not None and call.training and call.dropout > 0:
         raise Refused(
@@ -212,7 +221,7 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
             "cannot apply: set the dropout to 0 in the model's config, or write model.eval()."
         )
     for item in active:
-        if item.rule.uses("look"):
+        if item.uses("look"):
             found = item.rule.look(item.site(edit))
             if found is not None:
                 item.effects.add("changed")

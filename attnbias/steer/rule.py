@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from attnbias.hub.prompt import Prompt
+    from attnbias.steer.branch import Branch
     from attnbias.steer.hidden import HiddenCall, TokenCall
     from attnbias.steer.hooks import Tokens, Vectors
+    from attnbias.steer.loop import Loop
     from attnbias.steer.site import SiteCall
+    from attnbias.steer.step import Step
 
 Phase = Literal["prefill", "decode", "both"]
 Layers = Literal["all"] | tuple[int, ...]
@@ -149,7 +152,7 @@ class Rule(ABC):
         return None
 
     def hidden(self, site: HiddenCall, hidden: Tensor) -> Tensor | None:
-        """Edited hidden states ``(batch, tokens, size)`` at each place that `hidden_at` names.
+        """Edited hidden states ``(batch, tokens, size)`` at each of the rule's `places`.
 
         ``"layer"`` is the residual stream after a layer, ``"mlp"`` and ``"attention"`` what such a
         sub-block adds to it, ``"neurons"`` the MLP's hidden units after the activation (the input
@@ -157,9 +160,33 @@ class Rule(ABC):
         """
         return None
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where `hidden` edits: `hidden_at`, or fewer where that depends on the rule's fields."""
+        return self.hidden_at
+
     def tokens(self, site: TokenCall, hidden: Tensor) -> Tokens | None:
         """Tokens to add to a layer's input ``(batch, tokens, size)``, None for nothing."""
         return None
+
+    @property
+    def branches(self) -> Mapping[str, Branch]:
+        """Second forwards of the model beside the main one, by name; each runs when it is asked."""
+        return {}
+
+    def logits(self, step: Step) -> Tensor | None:
+        """Edited next-token scores ``(batch, vocabulary)``, None to leave them as they are.
+
+        Called after every forward that ends in a token, with ``step.logits`` at the last real token
+        of each row. Rules act in order, each on the scores of the one before.
+        """
+        return None
+
+    def decode(self, loop: Loop) -> None:
+        """Drive the decoding of one prompt under ``generate``, until ``loop.finished``.
+
+        Called once for each row of the batch, after its prompt was run.
+        """
 
     # What follows from it -------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from attnbias.steer.spans import FIRST, Keys, Spans
 if TYPE_CHECKING:
     from attnbias.hub import Site
     from attnbias.observe.scene import Scene
+    from attnbias.steer.branch import Lane
     from attnbias.steer.engine import Edit, Memory
 
 T = TypeVar("T")
@@ -260,7 +261,28 @@ class SiteCall:
     def looked(self) -> dict[Site, Any]:
         return self._memory.looked
 
-    def frozen(self, name: str, make: Callable[[], T]) -> T:
+    def branch(self, name: str) -> Lane:
+        """A branch of this rule, run up to this forward: what `look` found is in its ``looked``."""
+        if self._memory.branch is None:
+            raise Refused(
+                f"{self.site}: a rule with a branch acts inside the branch of another rule; steer "
+                "with one of them at a time."
+            )
+        lane = self._memory.branch(name)
+        lane.follow(None)
+        return lane
+
+    @property
+    def depth(self) -> int:
+        """How many attention layers the tower has."""
+        return sum(site.tower == self.site.tower for site in self._call.session.sites)
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """What this rule's `decode` has put into ``loop.state`` for its other hooks."""
+        return self._memory.state
+
+    def frozen(self, name: str, make: Callable[[], T | None]) -> T:
         """What `make` returned in the last prefill call at this site; made anew in each of them.
 
         For decisions that a rule takes on the prompt and keeps for the tokens that follow. With a
@@ -271,6 +293,8 @@ class SiteCall:
             Refused: decoding from a cache that was filled before the context was entered.
         """
         place = (self.site, name)
+        if self.past == 0:
+            self._memory.frozen.pop(place, None)  # another text
         made = make() if self.phase == "prefill" else None
         if made is not None:
             self._memory.frozen[place] = made

@@ -84,6 +84,15 @@ class Spans:
     def __contains__(self, name: object) -> bool:
         return name == FIRST or name in self._rows
 
+    def row(self, number: int, batch: int) -> Spans:
+        """The spans of one row of a batch."""
+        found = Spans(None)
+        for name, rows in self._rows.items():
+            if batch % len(rows):
+                self.member(name, torch.zeros(batch, 1, dtype=torch.long), batch)  # refuses
+            found._rows[name] = [rows[number * len(rows) // batch]]
+        return found
+
     @property
     def given(self) -> frozenset[str]:
         """The names that the user gave."""
@@ -91,6 +100,38 @@ class Spans:
 
     def names(self) -> list[str]:
         return sorted({FIRST, *self._rows})
+
+    def without(self, names: Sequence[str], batch: int, cut: Spans) -> Spans:
+        """These spans in texts from which the spans `names` of `cut` are taken out."""
+        gone: list[set[int]] = []
+        for row in range(batch):
+            lost: set[int] = set()
+            for name in names:
+                start, stop = cut._row(name, row, batch)
+                if stop is None:
+                    raise AttnbiasError(
+                        f"the span {name!r} has no end, so it cannot be left out of a prompt."
+                    )
+                lost.update(range(start, stop))
+            gone.append(lost)
+        made = Spans(None)
+        for name in {FIRST, *self._rows} if any(0 in lost for lost in gone) else self._rows:
+            rows = []
+            for row, lost in enumerate(gone):
+                start, stop = self._row(name, row, batch)
+                ends = stop if stop is None else stop - sum(place < stop for place in lost)
+                rows.append((start - sum(place < start for place in lost), ends))
+            made._rows[name] = rows
+        return made
+
+    def _row(self, name: str, row: int, batch: int) -> tuple[int, int | None]:
+        rows = self._rows.get(name, [(0, 1)])
+        if batch % len(rows):
+            raise Refused(
+                f"the span {name!r} was given for {len(rows)} rows and the model runs {batch}: give"
+                " one (start, stop) for all rows, or one per prompt."
+            )
+        return rows[row // (batch // len(rows))]
 
     def chosen(self, keys: Keys, positions: Tensor, batch: int) -> Tensor:
         """Which of `positions` ``(batch | 1, length)`` are chosen: bool ``(batch | 1, length)``."""
