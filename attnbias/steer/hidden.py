@@ -27,6 +27,7 @@ class HiddenCall:
         site: the attention site of the layer. at: ``"layer"``, ``"mlp"``, ``"attention"`` or
             ``"neurons"``. phase: ``"prefill"`` or ``"decode"``.
         positions: ``(batch | 1, tokens)``, absolute token positions, -1 where there is no token.
+        length: how many tokens the model itself has here; what rules have added comes after them.
         added: the tokens that this rule has appended (empty where it has none).
     """
 
@@ -35,6 +36,7 @@ class HiddenCall:
     phase: str
     positions: Tensor
     batch: int
+    length: int
     added: slice
     spans: Spans
     memory: Memory

@@ -115,6 +115,7 @@ class Flow:
                     turn.phase,
                     positions,
                     hidden.shape[0],
+                    hidden.shape[1] if added is None else added.tokens,
                     own,
                     editor.spans,
                     memory,
@@ -201,12 +202,12 @@ def input_of(call: Call) -> Tensor:
 def doors(rule: Rule) -> tuple[str, ...]:
     """The places where a rule needs a hook."""
     whole = rule.uses("tokens") or rule.reads_hidden
-    own = rule.hidden_at if rule.uses("hidden") else ()
+    own = rule.places if rule.uses("hidden") else ()
     return tuple(dict.fromkeys((*own, *(("layer",) if whole else ()))))
 
 
 def _edits(rule: Rule, place: str) -> bool:
-    return place in rule.hidden_at and rule.uses("hidden")
+    return place in rule.places and rule.uses("hidden")
 
 
 def _rows(tensor: Tensor, turn: Turn, site: Site) -> tuple[Tensor, Tensor]:
