@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -80,6 +80,7 @@ class Session:
         self.thread = threading.get_ident()
         self.decoder_call: Before | None = None
         self.flow: Any = None  # hidden states, where a participant follows them
+        self.drops: Any = None  # which tokens layers run on, where a participant drops some
         self._crosses = any(site.kind == "cross" for site in self.sites)
         self._frames: list[tuple[int, bool]] = []
         self._maps_asked = False
@@ -179,7 +180,8 @@ class Session:
         self.participants, self._frames = list(participants), []
         self._maps_asked, self.decoder_call = False, None
         try:
-            yield
+            with self.drops.aside() if self.drops is not None else nullcontext():
+                yield
         finally:
             (
                 self.participants,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attnbias.steer.engine import Memory
 
 T = TypeVar("T")
+_NOWHERE = torch.empty(1, 0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,16 @@ class TokenCall:
 
     Attributes:
         site: the attention site of the layer. phase: ``"prefill"`` or ``"decode"``.
+        positions: ``(batch | 1, tokens)``, absolute token positions, -1 where there is no token;
+            for rules that drop tokens. batch: rows.
     """
 
     site: Site
     phase: str
     spans: Spans
     memory: Memory
+    positions: Tensor = _NOWHERE
+    batch: int = 1
 
     @property
     def tower(self) -> str:

@@ -34,7 +34,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens that a rule adds to a layer's input.
+    """Tokens that a rule adds to a layer's input, or which of them it keeps.
 
     Args:
         append: ``(batch | 1, tokens, size)``, put after the last token. They go through every layer
@@ -42,3 +42,4 @@ class Tokens:
     """
 
     append: Tensor | None = None
+    keep: Tensor | None = None

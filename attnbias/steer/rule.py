@@ -62,6 +62,8 @@ class Rule(ABC):
     # Where `hidden` edits: "layer", "mlp", "attention", "neurons"; and whether site.hidden is read.
     hidden_at: ClassVar[tuple[str, ...]] = ()
     reads_hidden: ClassVar[bool] = False
+    # `tokens` answers with `Tokens(keep=...)`: tokens go at a layer and all after it.
+    drops_tokens: ClassVar[bool] = False
     # Pydantic reads this for recipes: unknown fields and numbers written as text are refused.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 

@@ -134,7 +134,7 @@ class Flow:
             hidden = torch.cat([hidden, added.hidden], 1)
         for editor in self.editors:
             for number, rule in enumerate(editor.rules):
-                if rule.uses("tokens") and rule.acts_in(site.tower, site.layer, "prefill"):
+                if adds(rule) and rule.acts_in(site.tower, site.layer, "prefill"):
                     call = TokenCall(site, "prefill", editor.spans, editor.memories[number])
                     found = rule.tokens(call, hidden)
                     if found is not None:
@@ -201,9 +201,14 @@ def input_of(call: Call) -> Tensor:
 
 def doors(rule: Rule) -> tuple[str, ...]:
     """The places where a rule needs a hook."""
-    whole = rule.uses("tokens") or rule.reads_hidden
+    whole = adds(rule) or rule.reads_hidden
     own = rule.places if rule.uses("hidden") else ()
     return tuple(dict.fromkeys((*own, *(("layer",) if whole else ()))))
+
+
+def adds(rule: Rule) -> bool:
+    """Whether a rule appends tokens."""
+    return rule.uses("tokens") and not rule.drops_tokens
 
 
 def _edits(rule: Rule, place: str) -> bool:
@@ -390,7 +395,7 @@ def streaming(session: Session, editing: Editing) -> Iterator[None]:
                     continue
                 for place in doors(rule):
                     opened.append(_open(parts.module(place), flow, place, parts))
-                if rule.uses("tokens") and site == flow.first[site.tower]:
+                if adds(rule) and site == flow.first[site.tower]:
                     for module in parts.above:
                         if not isinstance(module, nn.ModuleList):
                             opened.append(_open(module, flow, "above", parts))
