@@ -96,7 +96,7 @@ def gate(editing: Editing, session: Session) -> Iterator[None]:
         return
     name = type((drivers or rules)[0]).__name__
     before = vars(root).get("generate")
-    inner: Callable[..., Any] = root.generate
+    inner: Callable[..., Any] = getattr(root, "generate")  # noqa: B009 - a module's type knows none
 
     def generate(*args: Any, **options: Any) -> Any:
         given = {**dict(zip(_PLACES, args, strict=False)), **options}
@@ -111,14 +111,14 @@ def gate(editing: Editing, session: Session) -> Iterator[None]:
         return inner(**_stopping(root, given, name), custom_generate=driver)
 
     generate.__dict__["attnbias_rules"] = [*rules, *_outer(root)]
-    root.generate = generate
+    object.__setattr__(root, "generate", generate)
     try:
         yield
     finally:
         if before is None:
             vars(root).pop("generate", None)
         else:
-            root.generate = before
+            object.__setattr__(root, "generate", before)
 
 
 def _honoured(root: nn.Module, options: Mapping[str, Any], name: str) -> None:

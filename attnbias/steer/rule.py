@@ -184,7 +184,7 @@ class Rule(ABC):
         """
         return None
 
-    def decode(self, loop: Loop) -> None:
+    def decode(self, loop: Loop) -> None:  # noqa: B027 - most rules leave the loop alone
         """Drive the decoding of one prompt under ``generate``, until ``loop.finished``.
 
         Called once for each row of the batch, after its prompt was run.
