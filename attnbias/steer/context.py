@@ -137,6 +137,7 @@ def steer(
         Refused: a rule that must be fitted first, a model that cannot be edited.
     """
     from attnbias.hub import attach, sites
+    from attnbias.steer.dropping import dropping
     from attnbias.steer.gate import gate
     from attnbias.steer.step import stepping
     from attnbias.steer.stream import streaming
@@ -164,7 +165,7 @@ def steer(
             check_places(rule, places)
     with (
         attach(model, editing) as session,
-        streaming(session, editing),
+        streaming(session, editing), dropping(session, editing),
         stepping(session, editing),
         gate(editing, session),
     ):

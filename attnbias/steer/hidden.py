@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -107,6 +107,15 @@ class TokenCall:
     @property
     def layer(self) -> int:
         return self.site.layer
+
+    def where(self, keys: Keys) -> Tensor:
+        """Which tokens are chosen: bool ``(batch | 1, tokens)``. Padding is never chosen."""
+        return self.spans.chosen(keys, self.positions, self.batch)
+
+    @property
+    def looked(self) -> dict[Site, Any]:
+        """What this rule's `look` has returned in this forward so far, by site."""
+        return self.memory.looked
 
     def has(self, name: str) -> bool:
         """Whether a span of that name was given."""

@@ -39,6 +39,9 @@ class Tokens:
     Args:
         append: ``(batch | 1, tokens, size)``, put after the last token. They go through every layer
             from this one on and are gone from everything that leaves the layers.
+        keep: booleans ``(batch | 1, tokens)`` over the layer's tokens, as many True in every row.
+            This layer and those after it run without the others, and their caches do not hold them.
+            Between the layers and after them a dropped token's hidden state stays what it was.
     """
 
     append: Tensor | None = None
