@@ -137,10 +137,10 @@ def steer(
         Refused: a rule that must be fitted first, a model that cannot be edited.
     """
     from attnbias.hub import attach, sites
+    from attnbias.steer.doors import streaming
     from attnbias.steer.dropping import dropping
     from attnbias.steer.gate import gate
     from attnbias.steer.step import stepping
-    from attnbias.steer.stream import streaming
 
     if not rules:
         raise AttnbiasError("steer needs at least one rule, as in ab.rules.KeyShift(...).")

@@ -1,23 +1,17 @@
-"""The hidden states of a model in a `steer` context: where rules read, edit and extend them.
-
-Hooks are module-level functions that find what is in force at run time, as the adapter's are: a
-compiled graph may keep them after a context has ended.
-"""
+"""The hidden states of a model in a `steer` context: where rules read, edit and extend them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.hub.layers import Parts, layers
-from attnbias.hub.registry import outside_graphs
-from attnbias.hub.request import MaskRequest
 from attnbias.steer.hidden import HiddenCall, TokenCall
 from attnbias.steer.hooks import Tokens
 from attnbias.steer.rule import Rule
@@ -115,7 +109,7 @@ class Flow:
                     turn.phase,
                     positions,
                     hidden.shape[0],
-                    hidden.shape[1] if added is None else added.tokens,
+                    hidden.shape[1] - (0 if added is None else added.count),
                     own,
                     editor.spans,
                     memory,
@@ -129,7 +123,9 @@ class Flow:
     def enter(self, parts: Parts, hidden: Tensor) -> Tensor:
         """A layer's input with the tokens that rules have added."""
         site = parts.site
-        added = self.added.setdefault(site.tower, Added(hidden.shape[-2]))
+        if site == self.first[site.tower] or site.tower not in self.added:
+            self.added[site.tower] = Added(hidden.shape[-2])
+        added = self.added[site.tower]
         if added.hidden is not None:
             hidden = torch.cat([hidden, added.hidden], 1)
         for editor in self.editors:
@@ -241,192 +237,3 @@ def _checked(new: object, old: Tensor, rule: Rule, hook: str) -> Tensor:
             f"{type(rule).__name__}.{hook} must return the shape {tuple(old.shape)}, got {got}."
         )
     return new.to(old.dtype)
-
-
-# Doors: one hook per module and side, shared by all contexts on it -------------------------------
-
-
-@dataclass
-class Door:
-    """A hooked module: what it is to its layers, and for how many contexts."""
-
-    module: nn.Module
-    flow: Flow
-    places: list[tuple[str, Parts]]
-    handles: list[Any]
-    users: int = 0
-
-
-_DOORS: dict[int, Door] = {}
-
-
-def _hidden_of(args: Any, kwargs: Any, module: nn.Module) -> Tensor:
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise Refused(f"{type(module).__name__} is not given its hidden states first.")
-    return found
-
-
-def _with_hidden(args: Any, kwargs: Any, hidden: Tensor) -> tuple[Any, Any]:
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}
-
-
-def _unmasked(args: Any, kwargs: Any, parts: Parts) -> tuple[Any, Any]:
-    """The layer's arguments for more tokens than its caller knows of.
-
-    A mask that hides nothing goes; anything else that has one entry per token is refused.
-    """
-
-    def free(value: Any) -> Any:
-        if isinstance(value, MaskRequest) and value.bias() is None:
-            return None
-        inner = value if isinstance(value, (tuple, list)) else (value,)
-        if isinstance(value, MaskRequest) or any(isinstance(one, Tensor) for one in inner):
-            raise Refused(
-                f"{type(parts.layer).__name__} ({parts.site}) is given masks or positions per "
-                "token, so no token can be added there."
-            )
-        return value
-
-    if kwargs.get("is_causal"):
-        raise Refused(f"{parts.site} is causal, so no token can be added there.")
-    own = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    kept = {name: kwargs[name] for name in kwargs if name not in own}
-    args = (*args[:1], *(free(value) for value in args[1:]))
-    return args, {**kept, **{name: free(value) for name, value in own.items()}}
-
-
-@outside_graphs
-def _before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    door = _DOORS.get(id(module))
-    if door is None or door.module is not module:
-        return None
-    changed = False
-    for place, parts in door.places:
-        if place == "layer":
-            old = _hidden_of(args, kwargs, module)
-            new = door.flow.enter(parts, old)
-            door.flow.inputs[parts.site] = new
-            if new is not old:
-                args, kwargs = _unmasked(args, kwargs, parts)
-        elif place == "neurons":
-            edited = door.flow.edit(parts, place, _hidden_of(args, kwargs, module))
-            if edited is None:
-                continue
-            new = edited
-        else:
-            continue
-        if new is not _hidden_of(args, kwargs, module):
-            (args, kwargs), changed = _with_hidden(args, kwargs, new), True
-    return (args, kwargs) if changed else None
-
-
-@outside_graphs
-def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    door = _DOORS.get(id(module))
-    if door is None or door.module is not module:
-        return None
-    old = output[0] if isinstance(output, (tuple, list)) else output
-    new = old
-    for place, parts in door.places:
-        if place == "neurons":
-            continue
-        if not isinstance(old, Tensor):
-            raise Refused(f"{type(module).__name__} returns no tensor first: nothing to edit.")
-        edited = door.flow.edit(parts, place, new)
-        new = new if edited is None else edited
-        if place == "layer":
-            door.flow.inputs.pop(parts.site, None)
-            new = door.flow.leave(parts, new)
-    if new is old:
-        return None
-    if isinstance(output, (tuple, list)):
-        return type(output)([new, *output[1:]])
-    return new
-
-
-@outside_graphs
-def _above(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    """Recorded hidden states begin with the first layer's input, which has the added tokens."""
-    door = _DOORS.get(id(module))
-    if door is None or door.module is not module or not hasattr(output, "get"):
-        return None
-    states = output.get("hidden_states")
-    if isinstance(states, (tuple, list)) and states:
-        for _, parts in door.places:
-            added = door.flow.added.get(parts.site.tower)
-            if added is None or not added.count:
-                continue
-            longer = added.tokens + added.count
-            output["hidden_states"] = tuple(
-                one[:, : added.tokens] if one is not None and one.shape[1] == longer else one
-                for one in states
-            )
-    return None
-
-
-@contextmanager
-def streaming(session: Session, editing: Editing) -> Iterator[None]:
-    """Hooks for the rules of one context, for as long as it lasts.
-
-    Raises:
-        Refused: a layer without the place that a rule edits.
-    """
-    wanted = [rule for rule in editing.rules if doors(rule)]
-    if not wanted:
-        yield
-        return
-    for rule in wanted:
-        if rule.towers is not None and any(tower.startswith("cross") for tower in rule.towers):
-            raise Refused(
-                f"{type(rule).__name__} edits hidden states, which cross-attention shares with its "
-                "decoder: write towers=('decoder',)."
-            )
-    flow: Flow = session.flow if session.flow is not None else Flow(session)
-    opened: list[int] = []
-    try:
-        session.flow = editing.flow = flow
-        for parts in flow.parts.values():
-            site = parts.site
-            for rule in wanted:
-                if not any(rule.acts_in(site.tower, site.layer, p) for p in ("prefill", "decode")):
-                    continue
-                for place in doors(rule):
-                    opened.append(_open(parts.module(place), flow, place, parts))
-                if adds(rule) and site == flow.first[site.tower]:
-                    for module in parts.above:
-                        if not isinstance(module, nn.ModuleList):
-                            opened.append(_open(module, flow, "above", parts))
-        yield
-    finally:
-        for key in reversed(opened):
-            _close(key)
-
-
-def _open(module: nn.Module, flow: Flow, place: str, parts: Parts) -> int:
-    door = _DOORS.get(id(module))
-    if door is None or door.module is not module:
-        if place == "above":
-            handles = [module.register_forward_hook(_above, with_kwargs=True, prepend=True)]
-        else:
-            # In front of the hooks that record hidden states: those must see the edited ones.
-            handles = [
-                module.register_forward_pre_hook(_before, with_kwargs=True),
-                module.register_forward_hook(_after, with_kwargs=True, prepend=True),
-            ]
-        door = _DOORS[id(module)] = Door(module, flow, [], handles)
-    door.users += 1
-    if (place, parts) not in door.places:
-        door.places.append((place, parts))
-    return id(module)
-
-
-def _close(key: int) -> None:
-    door = _DOORS[key]
-    door.users -= 1
-    if not door.users:
-        for handle in door.handles:
-            handle.remove()
-        del _DOORS[key]
