@@ -44,15 +44,15 @@ def rotate(root: nn.Module, site: Site, module: nn.Module, vectors: Tensor, by: 
             f"{site} has a rotary embedding of kind {kind!r}, whose frequencies change with the "
             "length, so its keys cannot be moved: use positions='text'."
         )
-    with torch.no_grad():
-        cos, sin = embedding(vectors[..., :1].float(), by.expand(vectors.shape[0], -1), **own)
-    # Lengths of vectors may be scaled together with the angle: that has happened already.
-    factor = float((cos.double().square() + sin.double().square()).mean().sqrt()) or 1.0
-    if cos.ndim != 3 or cos.shape[1] != vectors.shape[2]:
+    if hasattr(embedding, "mrope_section"):
         raise Refused(
             f"{site} has positions on several axes, which one distance cannot move: use "
             "positions='text'."
         )
+    with torch.no_grad():
+        cos, sin = embedding(vectors[..., :1].float(), by.expand(vectors.shape[0], -1), **own)
+    # Lengths of vectors may be scaled together with the angle: that has happened already.
+    factor = float((cos.double().square() + sin.double().square()).mean().sqrt()) or 1.0
     cos, sin = (part.to(vectors.dtype) / factor for part in (cos, sin))
     found: Tensor = apply(vectors, vectors, cos, sin)[0]
     return found
@@ -73,7 +73,7 @@ def _parents(root: nn.Module, site: Site) -> Iterator[nn.Module]:
     chain = [(name, module) for name, module in root.named_modules()]
     path = next((n for n, _ in chain if n == site.name or n.endswith(f".{site.name}")), site.name)
     around = [module for name, module in chain if not name or f"{path}.".startswith(f"{name}.")]
-    return reversed(around)
+    return iter(around[::-1])
 
 
 def _apply(module: nn.Module) -> Callable[..., Any] | None:
@@ -89,6 +89,8 @@ def _kind(embedding: nn.Module, module: nn.Module) -> tuple[str, dict[str, Any]]
     if "layer_type" not in asked:
         return (kind if isinstance(kind, str) else "default"), {}
     layer = getattr(module, "layer_type", None)
+    if layer is None:
+        layer = module.config.layer_types[module.layer_idx]  # type: ignore[union-attr, index]
     if isinstance(kind, dict):
         kind = kind.get(layer, "default")
     return str(kind), {"layer_type": layer}

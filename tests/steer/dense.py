@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -25,6 +25,21 @@ class Map:
     rest: Tensor  # (batch, heads, queries, 1): the share of the sink
     positions: Tensor  # (batch, keys): token positions, -1 where hidden from all
     decoding: bool = False
+    # Scaled scores with masks and bias, minus infinity where hidden; what they are made of.
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    query: Tensor = field(default_factory=lambda: torch.empty(0))
+    key: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def query_positions(self) -> Tensor:
+        """``(batch, queries)``: the last keys are those of the queries (self-attention)."""
+        return self.positions[:, -self.probabilities.shape[2] :]
+
+    @property
+    def last(self) -> Tensor:
+        """The last real query of each row: bool ``(batch, queries)``."""
+        where = self.query_positions
+        return where == where.amax(-1, keepdim=True)
 
 
 @dataclass
@@ -79,13 +94,14 @@ def numbering(model: nn.Module) -> dict[int, tuple[str, int]]:
 def rewritten(
     model: nn.Module,
     edits: Sequence[DenseEdit],
-    positions: Tensor | None = None,
+    positions: Tensor | Callable[[int], Tensor] | None = None,
     maps: list[Tensor] | None = None,
 ) -> Iterator[None]:
     """Run `model` (with its eager attention) under dense edits, in order.
 
     Args:
-        positions: ``(batch, keys)`` of the keys; by default read off the mask's last row.
+        positions: ``(batch, keys)`` of the keys, or a function of their number; by default read
+            off the mask's last row.
         maps: every map is appended here before its edits.
     """
     numbers = numbering(model)
@@ -120,14 +136,15 @@ def rewritten(
         p, rest = whole[..., :-1], whole[..., -1:]
         if maps is not None:
             maps.append(p)
-        where = positions if positions is not None else _positions(scores)
+        where = positions(scores.shape[-1]) if callable(positions) else positions
+        where = _positions(scores) if where is None else where
         tower, layer = numbers[id(module)]
         for edit in edits:
             if (edit.layers is not None and layer not in edit.layers) or (
                 edit.towers is not None and tower not in edit.towers
             ):
                 continue
-            new = edit.rewrite(Map(p, rest, where, query.shape[2] == 1))
+            new = edit.rewrite(Map(p, rest, where, query.shape[2] == 1, scores, q, k))
             if edit.heads is not None:
                 chosen = torch.zeros(p.shape[1], dtype=torch.bool)
                 chosen[list(edit.heads)] = True

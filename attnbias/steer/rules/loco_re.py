@@ -11,8 +11,7 @@ from attnbias.bias import Bias, Bucketed, KeyBias
 from attnbias.errors import AttnbiasError
 from attnbias.steer.rule import Rule, is_number
 from attnbias.steer.site import SiteCall
-
-GENERATED = "generated"
+from attnbias.steer.spans import Keys, keys_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,9 @@ class LocoRE(Rule):
             to collapse).
         window: w, how many tokens before the query; 5 (not published: the number of accepted
             scores that the same work averages).
+        written: the tokens of the answer: from the first of them on; the span "generated".
         layers: as published 9 to 14 of 32: ``layers=range(9, 15)``.
-        heads, towers, phase: see `Rule`; as published all heads. Needs the span "generated".
+        heads, towers, phase: see `Rule`; as published all heads.
 
     Cost: memory O(keys) in decoding, O(generated squared) in a prefill that holds generated text.
 
@@ -44,9 +44,11 @@ class LocoRE(Rule):
 
     beta: float = 0.15
     window: int = 5
+    written: Keys = ("generated",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "written", keys_of(self.written))
         if isinstance(self.beta, bool) or not (math.isfinite(self.beta) and self.beta >= 0):
             raise AttnbiasError(f"beta must be a finite number from 0, got {self.beta!r}.")
         if not is_number(self.window) or self.window == 0:
@@ -54,10 +56,10 @@ class LocoRE(Rule):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (GENERATED,)
+        return tuple(key for key in self.written if isinstance(key, str))
 
     def bias(self, site: SiteCall) -> Bias | None:
-        written = site.where((GENERATED,))
+        written = site.where(self.written)
         if self.beta == 0 or not bool(written.any()):
             return None
         gain = math.log1p(self.beta)

@@ -90,6 +90,13 @@ class PAINT(Rule):
         keys = (*keys, *(self.local or ()), *(self.summary or ()))
         return tuple(key for key in keys if isinstance(key, str))
 
+    def ready(self) -> None:
+        if self.local is None and not any(t.startswith(VISION) for t in self.towers or ()):
+            raise Refused(
+                "PAINT chooses image tokens by the vision tower: write PAINT(heads='all', "
+                "towers=('vision', 'text')), or give local= and summary=."
+            )
+
     def acts_in(self, tower: str, layer: int, phase: str) -> bool:
         if tower.startswith(VISION):  # looked at in all layers, whichever are edited
             return self.local is None and (self.towers is None or tower in self.towers)
@@ -108,7 +115,8 @@ class PAINT(Rule):
         if site.site.tower.startswith(VISION) or (self.alpha == 0 and self.beta == 0):
             return None
         if self.local is None or self.summary is None:
-            strength = site.grown(site.frozen("strength", lambda: self._chosen(site)), 0.0)
+            kept: Tensor = site.frozen("strength", lambda: self._chosen(site))
+            strength = site.grown(kept, 0.0)
         else:
             summary = site.where(self.summary)
             strength = self._strength(site.where(self.local), summary, site)
@@ -123,11 +131,12 @@ class PAINT(Rule):
     def _chosen(self, site: SiteCall) -> Tensor | None:
         """The strength of each key of this call ``(batch, keys)``; None without a new image."""
         seen = [site.looked[at] for at in sorted(site.looked, key=lambda at: at.layer)]
-        if not seen:
-            return None
+        places = site.where(self.image).expand(site.shape[0], -1)
+        if not seen:  # a later part of a prompt, or one before its image
+            zero = torch.zeros(places.shape, dtype=site.dtype, device=places.device)
+            return None if site.past else zero
         local, summary = tokens(seen[0], seen[max(len(seen) - 2, 0)], self.share)
         strength = self._strength(local, summary, site).flatten()
-        places = site.where(self.image).expand(site.shape[0], -1)
         if int(places.sum()) != len(strength):
             raise Refused(
                 f"PAINT needs one image token for each patch of the vision tower, got "
