@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     # From the files that hold them: three of these are named like their file.
     from attnbias.hub.prompt import prompt
     from attnbias.hub.sites import sites
+    from attnbias.hub.spans import spans
     from attnbias.hub.support import Support, support
     from attnbias.observe import observe, statistics
     from attnbias.steer import Recipe, rules, steer
@@ -53,6 +54,7 @@ _LAZY = {
     "prompt": "attnbias.hub",
     "rules": "attnbias.steer",
     "sites": "attnbias.hub",
+    "spans": "attnbias.hub",
     "statistics": "attnbias.observe",
     "steer": "attnbias.steer",
     "support": "attnbias.hub",
@@ -91,6 +93,7 @@ __all__ = [
     "radial",
     "rules",
     "sites",
+    "spans",
     "statistics",
     "steer",
     "support",

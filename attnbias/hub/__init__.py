@@ -7,6 +7,7 @@ from attnbias.hub.call import Call
 from attnbias.hub.prompt import Prompt, prompt
 from attnbias.hub.request import MaskRequest
 from attnbias.hub.sites import Site, sites
+from attnbias.hub.spans import spans
 from attnbias.hub.support import Layer, Support, support
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "attach",
     "prompt",
     "sites",
+    "spans",
     "support",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -321,8 +322,9 @@ def qwen2_vl() -> Subject:
         "input_ids": ids,
         "pixel_values": torch.randn(32, 3 * 2 * 4 * 4, generator=generator),
         "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
-        "mm_token_type_ids": (ids == IMAGE).long(),
     }
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:  # not at 5.0
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     return vlm("qwen2_vl", sharpen(model, 5.0), inputs, shares={"pixel_values": 16})
 
 
