@@ -30,6 +30,7 @@ _ATTENTIONS = (
     ("layer_scale1", "layer_scale2"),  # DINOv2
     ("attention.output.dense", "attention.output"),  # BERT; ViT before transformers 5.3
 )
+_NORM_LAST = ("output.LayerNorm", "output.layer_norm", "fc2")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Parts:
         core: the module that attends. above: the modules that contain the layer, innermost first.
         attention, mlp: the modules whose (first) output is added to the residual stream.
         neurons: the MLP's down projection. mlp and neurons are None where they are not known.
+        sums: whether the layer's output must be its input + attention + mlp. Not where a norm
+            comes after the sum (BERT, BART, OPT-350m).
     """
 
     site: Site
@@ -50,6 +53,7 @@ class Parts:
     attention: nn.Module
     mlp: nn.Module | None
     neurons: nn.Module | None
+    sums: bool
 
     def module(self, place: str) -> nn.Module:
         """The module of one of `PLACES`.
@@ -67,8 +71,8 @@ class Parts:
             else "its MLP has no module that is known"
         )
         raise Refused(
-            f"{type(self.layer).__name__} ({self.site}): {why}, so {place!r} cannot be edited there"
-            "; 'layer' and 'attention' can."
+            f"{type(self.layer).__name__} ({self.site}): {why}, so {place!r} cannot be edited "
+            "there; 'layer' can."
         )
 
 
@@ -108,7 +112,13 @@ def layers(model: nn.Module) -> dict[Site, Parts]:
                 break
         above = [modules[".".join(path[:count])] for count in range(length - 1, -1, -1)]
         found[entry.site] = Parts(
-            entry.site, layer, entry.module, tuple(above), attention, *_mlp(layer)
+            entry.site,
+            layer,
+            entry.module,
+            tuple(above),
+            attention,
+            *_mlp(layer),
+            not any(_part(layer, name) is not None for name in _NORM_LAST),
         )
     return found
 

@@ -17,7 +17,7 @@ from attnbias.errors import Refused
 from attnbias.hub.layers import Parts
 from attnbias.hub.registry import outside_graphs
 from attnbias.hub.request import MaskRequest
-from attnbias.steer.stream import Flow, adds, doors
+from attnbias.steer.stream import Flow, adds, doors, opened
 
 if TYPE_CHECKING:
     from attnbias.hub import Session
@@ -114,10 +114,14 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not isinstance(old, Tensor):
             raise Refused(f"{type(module).__name__} returns no tensor first: nothing to edit.")
         edited = door.flow.edit(parts, place, new)
+        if place == "layer":
+            door.flow.check_sum(parts, new)
         new = new if edited is None else edited
         if place == "layer":
             door.flow.inputs.pop(parts.site, None)
             new = door.flow.leave(parts, new)
+        else:
+            door.flow.term(parts, place, new)
     if new is old:
         return None
     if isinstance(output, (tuple, list)):
@@ -163,7 +167,7 @@ def streaming(session: Session, editing: Editing) -> Iterator[None]:
                 "decoder: write towers=('decoder',)."
             )
     flow: Flow = session.flow if session.flow is not None else Flow(session)
-    opened: list[int] = []
+    keys: list[int] = []
     try:
         session.flow = editing.flow = flow
         for parts in flow.parts.values():
@@ -171,15 +175,15 @@ def streaming(session: Session, editing: Editing) -> Iterator[None]:
             for rule in wanted:
                 if not any(rule.acts_in(site.tower, site.layer, p) for p in ("prefill", "decode")):
                     continue
-                for place in doors(rule):
-                    opened.append(_open(parts.module(place), flow, place, parts))
+                for place in opened(rule, parts):
+                    keys.append(_open(parts.module(place), flow, place, parts))
                 if adds(rule) and site == flow.first[site.tower]:
                     for module in parts.above:
                         if not isinstance(module, nn.ModuleList):
-                            opened.append(_open(module, flow, "above", parts))
+                            keys.append(_open(module, flow, "above", parts))
         yield
     finally:
-        for key in reversed(opened):
+        for key in reversed(keys):
             _close(key)
 
 

@@ -57,6 +57,8 @@ class Flow:
         self.turns: dict[Site, Turn] = {}
         self.added: dict[str, Added] = {}
         self.visited: set[tuple[Site, str]] = set()
+        self.terms: dict[Site, dict[str, Tensor]] = {}
+        self.checked: set[Site] = set()
         self.first = {site.tower: site for site in reversed(self.parts)}
         self.last = {site.tower: site for site in self.parts}
 
@@ -66,7 +68,7 @@ class Flow:
 
     def begin(self) -> None:
         """Forget the forward before."""
-        for kept in (self.inputs, self.turns, self.added, self.visited):
+        for kept in (self.inputs, self.turns, self.added, self.visited, self.terms):
             kept.clear()
 
     def see(self, call: Call) -> None:
@@ -78,12 +80,12 @@ class Flow:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Room for another forward inside this one (a branch), whose hidden states are its own."""
-        kept = self.inputs, self.turns, self.added, self.visited
-        self.inputs, self.turns, self.added, self.visited = {}, {}, {}, set()
+        kept = self.inputs, self.turns, self.added, self.visited, self.terms
+        self.inputs, self.turns, self.added, self.visited, self.terms = {}, {}, {}, set(), {}
         try:
             yield
         finally:
-            self.inputs, self.turns, self.added, self.visited = kept
+            self.inputs, self.turns, self.added, self.visited, self.terms = kept
 
     # Edits ----------------------------------------------------------------------------------------
 
@@ -171,6 +173,26 @@ class Flow:
         added.hidden = None if last else hidden[:, added.tokens :]
         return hidden[:, : added.tokens].contiguous()
 
+    def term(self, parts: Parts, place: str, value: Tensor) -> None:
+        """What a sub-block gives, until the layer's sum has been looked at once."""
+        if parts.sums and parts.site not in self.checked and not parts.layer.training:
+            self.terms.setdefault(parts.site, {})[place] = value.detach()
+
+    def check_sum(self, parts: Parts, output: Tensor) -> None:
+        """Raise `Refused` where the layer does more than add its two sub-blocks to its input."""
+        terms = self.terms.pop(parts.site, {})
+        if len(terms) < 2 or parts.site not in self.inputs:
+            return
+        self.checked.add(parts.site)
+        wanted = self.inputs[parts.site].detach() + terms["attention"] + terms["mlp"]
+        close = 1e-3 if output.dtype in (torch.float32, torch.float64) else 5e-2
+        off = float((output.detach() - wanted).abs().max())
+        if not off <= close * float(wanted.abs().max()):
+            raise Refused(
+                f"{type(parts.layer).__name__} ({parts.site}) does not just add its attention and "
+                "its MLP to its input, so what they add cannot be edited there; 'layer' can."
+            )
+
     def required(self, rules: Iterable[Rule]) -> None:
         """Raise `Refused` where a layer attended in this forward and its hooks did not run."""
         for site, turn in self.turns.items():
@@ -200,6 +222,14 @@ def doors(rule: Rule) -> tuple[str, ...]:
     whole = adds(rule) or rule.reads_hidden
     own = rule.places if rule.uses("hidden") else ()
     return tuple(dict.fromkeys((*own, *(("layer",) if whole else ()))))
+
+
+def opened(rule: Rule, parts: Parts) -> tuple[str, ...]:
+    """`doors`, with those that are needed to see that the sub-blocks are what they seem."""
+    found = doors(rule)
+    if parts.sums and {"mlp", "attention"} & set(found):
+        found = tuple(dict.fromkeys((*found, "attention", "mlp", "layer")))
+    return found
 
 
 def adds(rule: Rule) -> bool:
