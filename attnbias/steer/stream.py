@@ -133,6 +133,11 @@ class Flow:
         for editor in self.editors:
             for number, rule in enumerate(editor.rules):
                 if adds(rule) and rule.acts_in(site.tower, site.layer, "prefill"):
+                    if hidden.ndim != 3:
+                        raise Refused(
+                            f"{site}: all images run as one row there, with masks or positions per "
+                            "token, so no token can be added."
+                        )
                     call = TokenCall(site, "prefill", editor.spans, editor.memories[number])
                     found = rule.tokens(call, hidden)
                     if found is not None:
