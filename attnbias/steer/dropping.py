@@ -22,6 +22,7 @@ from attnbias.hub.layers import Parts, layers
 from attnbias.hub.registry import outside_graphs
 from attnbias.hub.request import MaskRequest
 from attnbias.hub.subset import subset_argument, subset_mask, take
+from attnbias.steer.held import Held
 from attnbias.steer.hidden import TokenCall
 from attnbias.steer.hooks import Tokens
 
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from attnbias.hub import Session, Site
     from attnbias.steer.context import Editing
     from attnbias.steer.rule import Rule
-
-_HELD = "_attnbias_held"  # on a cache: it is copied, and dies, with the keys that it describes
-_CACHES = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer")
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Dropping:
         turn = self.turns[site.tower]
         self._decide(site, hidden, turn, what, cache)
         number = getattr(self.cached[site], "layer_idx", None)
-        held = Held(cache, number, turn, what) if cache is not None else None
+        held = None if cache is None else Held(cache, number, turn.past, turn.batch, what)
         if turn.alive is None and (held is None or held.slots is None):
             return forward(**given)
         if parts.layer.training and getattr(parts.layer, "gradient_checkpointing", False):
@@ -188,79 +186,6 @@ class Dropping:
                 turn.alive = order if turn.alive is None else turn.alive.gather(1, order)
 
 
-class Held:
-    """The tokens whose keys one layer of a cache holds.
-
-    Attributes:
-        slots: ``(batch, keys)``, the place of each among all tokens; None: all of them are there.
-    """
-
-    def __init__(self, cache: Any, number: int | None, turn: Turn, what: str) -> None:
-        self.cache, self.turn, self.what = cache, turn, what
-        self.number = -1 if number is None else number
-        self.table: dict[int, Tensor] = getattr(cache, _HELD, {})
-        stored = getattr(cache, "layers", ())
-        self.layer = stored[self.number] if 0 <= self.number < len(stored) else None
-        slots = self.table.get(self.number)
-        if slots is not None and self._count() == 0:
-            slots = None  # the cache was emptied
-        self.slots = None if slots is None else self._cut(slots)
-
-    def _count(self) -> int:
-        """Keys that the layer's cache holds now."""
-        layer = self.layer
-        if layer is None or not getattr(layer, "is_initialized", True) or layer.keys is None:
-            return 0
-        if type(layer).__name__ == "StaticLayer":
-            return int(layer.get_seq_length())
-        return int(layer.keys.shape[-2]) if layer.keys.numel() else 0
-
-    def _cut(self, slots: Tensor) -> Tensor:
-        """What is left where tokens were taken back (assisted decoding, rewinding)."""
-        if slots.shape[0] != self.turn.batch:
-            if self.turn.batch % slots.shape[0]:
-                raise Refused(
-                    f"{self.what}: the cache was filled for {slots.shape[0]} rows and the model "
-                    f"runs {self.turn.batch}."
-                )
-            slots = slots.repeat_interleave(self.turn.batch // slots.shape[0], 0)
-        slots = slots[:, : self._count()]
-        kept = (slots < self.turn.past).sum(1)
-        if int(kept.min()) == slots.shape[1]:
-            return slots
-        count = int(kept.min())
-        if int(kept.max()) != count or type(self.layer).__name__ != "DynamicLayer":
-            raise Refused(f"{self.what}: its cache was cut back to before tokens were dropped.")
-        assert self.layer is not None
-        self.layer.keys = self.layer.keys[..., :count, :]
-        self.layer.values = self.layer.values[..., :count, :]
-        return slots[:, :count]
-
-    def join(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Slots of all keys that the layer will attend to, and how many the layer has room for."""
-        kind = type(self.layer).__name__ if self.layer is not None else "DynamicLayer"
-        if kind not in _CACHES:
-            raise Refused(
-                f"{self.what}: tokens cannot be dropped from a cache of {kind}; leave out "
-                "past_key_values and cache_implementation."
-            )
-        slots = self.slots
-        if slots is None:
-            count = self._count()
-            slots = torch.arange(self.turn.past - count, self.turn.past, device=rows.device)
-            slots = slots.expand(rows.shape[0], -1)
-        columns = torch.cat([slots.to(rows.device), rows], 1)
-        static = kind == "StaticLayer" and self.layer is not None
-        return columns, int(self.layer.max_cache_len) if static else columns.shape[1]
-
-    def keep(self, columns: Tensor) -> None:
-        """Remember what the layer's cache holds now."""
-        stored = getattr(self.cache, "layers", ())
-        self.layer = stored[self.number] if 0 <= self.number < len(stored) else None
-        self.table[self.number] = columns[:, columns.shape[1] - self._count() :]
-        setattr(self.cache, _HELD, self.table)
-
-
 _OWN = ("hidden_states", "attention_mask", "cache_position", "past_key_values", "past_key_value")
 
 
@@ -293,7 +218,11 @@ def _checked(found: Tokens, rule: Rule, positions: Tensor, hidden: Tensor) -> Te
     if keep is None:
         return None
     batch, length, _ = hidden.shape
-    if keep.dtype != torch.bool or keep.ndim != 2 or keep.shape not in ((batch, length), (1, length)):
+    if (
+        keep.dtype != torch.bool
+        or keep.ndim != 2
+        or keep.shape not in ((batch, length), (1, length))
+    ):
         raise AttnbiasError(
             f"{name}.tokens: keep must be booleans ({batch} or 1, {length}), got "
             f"{keep.dtype} {tuple(keep.shape)}."

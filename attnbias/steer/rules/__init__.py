@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnbias.steer.rules.act import ACT, Selected
+from attnbias.steer.rules.adatp import AdaTP, Clip
 from attnbias.steer.rules.hard_pattern import HardPattern
 from attnbias.steer.rules.key_shift import KeyShift
 from attnbias.steer.rules.loco_re import LocoRE
@@ -17,6 +18,8 @@ __all__ = [
     "ACT",
     "PAINT",
     "PASTA",
+    "AdaTP",
+    "Clip",
     "Example",
     "Fitted",
     "HardPattern",
