@@ -8,6 +8,7 @@ from attnbias.steer.branch import Branch, Lane
 from attnbias.steer.context import steer
 from attnbias.steer.hidden import HiddenCall, TokenCall
 from attnbias.steer.hooks import Tokens, Vectors
+from attnbias.steer.loop import Candidate, Loop
 from attnbias.steer.recipe import Recipe
 from attnbias.steer.rule import Rule
 from attnbias.steer.site import SiteCall
@@ -16,8 +17,10 @@ from attnbias.steer.step import Step
 
 __all__ = [
     "Branch",
+    "Candidate",
     "HiddenCall",
     "Lane",
+    "Loop",
     "Range",
     "Recipe",
     "Rule",

@@ -94,6 +94,10 @@ class SiteCall:
         """Which queries stand on chosen positions: bool ``(batch | 1, queries)``."""
         return self._chosen(keys, self.query_positions)
 
+    def among(self, keys: Keys, positions: Tensor) -> Tensor:
+        """Which of some token positions ``(batch | 1, any)`` are chosen, in the cache or not."""
+        return self._chosen(keys, positions)
+
     def has(self, name: str) -> bool:
         """Whether a span of that name was given."""
         return name in self._spans
@@ -189,6 +193,18 @@ class SiteCall:
         blind = (whole == -torch.inf).all(-1, keepdim=True)
         found = torch.where(blind, 0.0, whole).softmax(-1).masked_fill(blind, 0.0)
         return found[..., : scores.shape[-1]]
+
+    def masses(self, groups: Tensor, count: int) -> Tensor:
+        """The share of each group of keys in every query's row under the edits so far.
+
+        Args:
+            groups: the group of each key from 0, ``(batch | 1, heads | 1, keys)``; below `count`.
+
+        Returns:
+            ``(batch, heads, queries, count)`` in `dtype`: one more attention call, no map.
+        """
+        one_hot = torch.nn.functional.one_hot(groups.long(), count)
+        return self._edit.attend(self.heads, one_hot.to(self.dtype))
 
     def received(self) -> Tensor:
         """Attention that each key gets from all real queries of this call, summed.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from attnbias.steer.documents import Ranking, rank_documents
+from attnbias.steer.lookback import Detector, LabelledText
 from attnbias.steer.rules.act import ACT, Selected
 from attnbias.steer.rules.adatp import AdaTP, Clip
+from attnbias.steer.rules.focus_directions import FocusDirections, FocusExample, FocusFit
+from attnbias.steer.rules.found_in_the_middle import FoundInTheMiddle
+from attnbias.steer.rules.game import GAME
 from attnbias.steer.rules.hard_pattern import HardPattern
 from attnbias.steer.rules.key_shift import KeyShift
 from attnbias.steer.rules.loco_re import LocoRE
+from attnbias.steer.rules.lookback_lens import LookbackLens
 from attnbias.steer.rules.paint import PAINT
 from attnbias.steer.rules.pasta import PASTA
+from attnbias.steer.rules.sgrs import SGRS
 from attnbias.steer.rules.split_softmax import SplitSoftmax
 from attnbias.steer.rules.streaming_llm import StreamingLLM
 from attnbias.steer.rules.test_time_registers import RegisterFit, TestTimeRegisters
@@ -16,19 +23,30 @@ from attnbias.steer.rules.zero_tuning import Example, Fitted, ZeroTuning
 
 __all__ = [
     "ACT",
+    "GAME",
     "PAINT",
     "PASTA",
+    "SGRS",
     "AdaTP",
     "Clip",
+    "Detector",
     "Example",
     "Fitted",
+    "FocusDirections",
+    "FocusExample",
+    "FocusFit",
+    "FoundInTheMiddle",
     "HardPattern",
     "KeyShift",
+    "LabelledText",
     "LocoRE",
+    "LookbackLens",
+    "Ranking",
     "RegisterFit",
     "Selected",
     "SplitSoftmax",
     "StreamingLLM",
     "TestTimeRegisters",
     "ZeroTuning",
+    "rank_documents",
 ]
