@@ -344,6 +344,15 @@ class RuleCase:
         with ab.steer(subject.model, rule):
             found = subject.model.generate(**subject.inputs, **options)
         eager, inputs = subject.eager(), dict(subject.inputs)
+        if not rule.row_local:  # then the steps matter, and the dense rewrite takes the same ones
+            from transformers import DynamicCache
+
+            edit = DenseEdit(self.dense(self.large), towers=subject.towers)
+            with rewritten(eager, [edit], lambda keys: torch.arange(keys)[None]):
+                wanted = eager.generate(**inputs, **options, past_key_values=DynamicCache())
+            assert torch.equal(found, wanted)
+            assert not torch.equal(plain, found)
+            return
         for _ in range(6):
             places = torch.arange(inputs["input_ids"].shape[1])[None]
             with self.oracle(subject, eager, self.large, places):

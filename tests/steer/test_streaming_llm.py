@@ -190,11 +190,10 @@ def test_positions_in_the_cache_under_padding_and_decoding(
 
 
 @torch.no_grad()
-def test_generate_sees_what_is_kept(request: pytest.FixtureRequest) -> None:
+def test_generate_sees_what_is_kept() -> None:
     """Under `generate` what falls out of the window does not matter any more."""
-    subject = make("stories", request)
-    ids = subject.inputs["input_ids"][:1]
-    model = subject.model
+    subject = small("cohere")
+    ids, model = subject.inputs["input_ids"][:1], subject.model
     # One layer: deeper ones carry what was read before it fell out.
     model.model.layers = model.model.layers[:1]
     other = ids.clone()
@@ -206,7 +205,7 @@ def test_generate_sees_what_is_kept(request: pytest.FixtureRequest) -> None:
         one, two = (model.generate(input_ids=i, **options).scores for i in (ids, other))
     assert max(off(a, b) for a, b in zip(one, two, strict=True)) < 1e-6
     one, two = (model.generate(input_ids=i, **options).scores for i in (ids, other))
-    assert off(one[0], two[0]) > 1e-5
+    assert off(one[0], two[0]) > 1e-3
 
 
 def test_what_is_refused(request: pytest.FixtureRequest) -> None:
@@ -243,5 +242,5 @@ def test_frequencies_that_move_are_refused() -> None:
     )
     model = LlamaForCausalLM(config).eval()
     rule = ab.rules.StreamingLLM(sinks=1, recent=2, heads="all")
-    with pytest.raises(ab.Refused, match="'dynamic'.*positions='text'"), ab.steer(model, rule):
+    with pytest.raises(ab.Refused, match=r"'dynamic'.*positions='text'"), ab.steer(model, rule):
         model(input_ids=tokens())

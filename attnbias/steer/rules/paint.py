@@ -97,22 +97,25 @@ class PAINT(Rule):
                 "towers=('vision', 'text')), or give local= and summary=."
             )
 
+    def _looks(self, tower: str) -> bool:
+        return self.local is None and tower.startswith(VISION)
+
     def acts_in(self, tower: str, layer: int, phase: str) -> bool:
-        if tower.startswith(VISION):  # looked at in all layers, whichever are edited
-            return self.local is None and (self.towers is None or tower in self.towers)
+        if self._looks(tower):  # in all layers, whichever are edited
+            return self.towers is not None and tower in self.towers
         return super().acts_in(tower, layer, phase)
 
     def heads_in(self, tower: str, layer: int) -> Literal["all"] | tuple[int, ...]:
-        return "all" if tower.startswith(VISION) else super().heads_in(tower, layer)
+        return "all" if self._looks(tower) else super().heads_in(tower, layer)
 
     def look(self, site: SiteCall) -> Tensor | None:
         """Attention of the class token on each patch, summed over heads: ``(images, patches)``."""
-        if not site.site.tower.startswith(VISION):
+        if not self._looks(site.site.tower):
             return None
         return site.attention(slice(0, 1)).detach()[:, :, 0, 1:].sum(1)
 
     def bias(self, site: SiteCall) -> Bias | None:
-        if site.site.tower.startswith(VISION) or (self.alpha == 0 and self.beta == 0):
+        if self._looks(site.site.tower) or (self.alpha == 0 and self.beta == 0):
             return None
         if self.local is None or self.summary is None:
             kept: Tensor = site.frozen("strength", lambda: self._chosen(site))
