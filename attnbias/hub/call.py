@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from attnbias.bias import Bias, Causal, Dense, add
 from attnbias.errors import Refused
 from attnbias.hub.request import MaskRequest
 from attnbias.hub.sites import Site
-from attnbias.hub.stock import Stock, shared_flash
+from attnbias.hub.stock import Stock, plain_part, plain_rows, shared_flash
 
 if TYPE_CHECKING:
     from attnbias.hub.adapter import Session
@@ -116,6 +117,24 @@ class Call:
         tensors = (self.query, self.key, self.value)
         return self.stock(self.module, *tensors, self.stock_mask(), **self._arguments)[0]
 
+    def plain_at(self, rows: Sequence[int]) -> Tensor:
+        """`plain` at some queries, up to rounding, by the model's own function."""
+        found = None if "plain" in self._cache else plain_rows(self, rows)
+        return self.plain_again()[:, list(rows)] if found is None else found
+
+    def plain_where(self, needed: Tensor) -> Tensor:
+        """`plain`, bit for bit where `needed` ``(batch, heads, queries)``; anything elsewhere.
+
+        Less is computed where the operator allows it: see `stock.plain_part`.
+        """
+        found = None if "plain" in self._cache else plain_part(self, needed)
+        return self.plain() if found is None else found
+
+    def stock_with(self, tensors: tuple[Tensor, Tensor, Tensor], mask: Any, **more: Any) -> Tensor:
+        """The model's own function on other tensors."""
+        found: Tensor = self.stock(self.module, *tensors, mask, **{**self._arguments, **more})[0]
+        return found
+
     def plain_with_lse(self) -> tuple[Tensor, Tensor | None]:
         """The stock output, and its log-sum-exp ``(batch, heads, queries)`` where that is free.
 
@@ -217,11 +236,12 @@ class Call:
 
     def _without_mask(self, queries: int, keys: int) -> list[Bias]:
         """No mask: eager sees everything, sdpa follows `is_causal`, aligned to the start."""
-        if queries == 1 or not self._asks_causal():
+        if queries == 1 or not self.asks_causal():
             return []
         return [Causal(queries, keys, offset=0, device=self.query.device)]
 
-    def _asks_causal(self) -> bool:
+    def asks_causal(self) -> bool:
+        """Whether a call without a mask is causal, aligned to the start."""
         if self.original == "eager":
             return False
         asked = self._arguments.get("is_causal")
@@ -253,7 +273,7 @@ class Call:
         if isinstance(self._mask, MaskRequest):
             return self._mask.query_start - self._mask.key_start
         queries, keys = self.query.shape[2], self.key.shape[2]
-        if self._mask is None and queries > 1 and self._asks_causal():
+        if self._mask is None and queries > 1 and self.asks_causal():
             return 0  # sdpa without a mask is aligned to the start
         return max(keys - queries, 0)
 
@@ -285,7 +305,7 @@ class Call:
             return self._mask.key_positions().to(self.query.device)
         queries, keys = self.query.shape[2], self.key.shape[2]
         found = torch.arange(keys, device=self.query.device)[None]
-        if self.site.kind == "self" and self._mask is None and queries > 1 and self._asks_causal():
+        if self.site.kind == "self" and self._mask is None and queries > 1 and self.asks_causal():
             found = found.masked_fill(found >= queries, -1)
         return found
 

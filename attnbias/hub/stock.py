@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +55,25 @@ def shared_flash(call: Call) -> tuple[Tensor, Tensor] | None:
     heads, dim)``; log-sum-exp ``(batch, heads, queries)``, float32 (float64 for float64).
     """
     query, key, value = call.query, call.key, call.value
+    if not is_shared(call):
+        return None
+    try:
+        found = _mask_of(call)
+    except Refused:  # a mask we cannot describe concerns only who asks for it
+        found = None
+    if found is None:
+        return None
+    mask, causal = found
+    out, lse = flash.call(query, key, value, mask, causal, call.described_scale())
+    lse = flash.hide_empty(lse, mask, causal)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def is_shared(call: Call) -> bool:
+    """Whether stock attention ends in the CPU operator with these very tensors."""
+    query, key, value = call.query, call.key, call.value
     tensors = (query, key, value)
-    if (
+    return not (
         call.original != "sdpa"
         or not _is_stock_sdpa(call)
         or call.dropout > 0
@@ -69,18 +87,111 @@ def shared_flash(call: Call) -> tuple[Tensor, Tensor] | None:
         or torch.is_autocast_enabled("cpu")
         or any(one.stride(-1) != 1 or one.dtype != query.dtype for one in tensors)
         or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
-    ):
+    )
+
+
+def plain_rows(call: Call, rows: Sequence[int]) -> Tensor | None:
+    """The stock output of some queries, by the stock function itself, or None: take it whole.
+
+    For transformers' own sdpa function, whose rows do not depend on each other. Equal to the whole
+    call's up to rounding. Output ``(batch, rows, heads, dim)``.
+    """
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if call.original != "sdpa" or not _is_stock_sdpa(call) or queries < 4 * len(rows):
+        return None
+    index = torch.tensor(list(rows), device=call.query.device)
+    mask = call.stock_mask()
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        mask = mask.index_select(2, index) if mask.shape[2] == queries else mask
+    elif mask is not None:
+        return None
+    elif call.asks_causal():
+        mask = (torch.arange(keys, device=index.device) <= index[:, None])[None, None]
+    tensors = (call.query.index_select(2, index), call.key, call.value)
+    return call.stock_with(tensors, mask, is_causal=False)
+
+
+def plain_part(call: Call, needed: Tensor) -> Tensor | None:
+    """The stock output where it is needed, bit for bit, or None: take it whole.
+
+    The CPU operator goes through queries in blocks of 256 (from 768 queries on) and keys in blocks
+    of 512, for each head by itself: a head left out, or the queries after a whole number of blocks,
+    change no bit of the rest (`whole_blocks` looks at this PyTorch, a test at more sizes).
+
+    Args:
+        needed: bool ``(batch, heads, queries)``.
+
+    Returns:
+        ``(batch, queries, heads, dim)``, 0 where it was not computed.
+    """
+    query, key, value = call.query, call.key, call.value
+    heads, queries = query.shape[1:3]
+    if queries < 2 * BLOCK or query.dtype not in (torch.float32, torch.float64):
+        return None
+    if not whole_blocks() or not is_shared(call):
         return None
     try:
         found = _mask_of(call)
-    except Refused:  # a mask we cannot describe concerns only who asks for it
-        found = None
-    if found is None:
+    except Refused:
         return None
-    mask, causal = found
-    out, lse = flash.call(query, key, value, mask, causal, call.described_scale())
-    lse = flash.hide_empty(lse, mask, causal)
-    return out.transpose(1, 2).contiguous(), lse
+    if found is None or found[0] is not None:
+        return None
+    causal = found[1]
+    places = torch.arange(1, queries + 1, device=needed.device)
+    last = torch.where(needed, places, 0).amax(-1).amax(0).tolist()
+    stops = [min(queries, max(2, -(-one // BLOCK)) * BLOCK) if one else 0 for one in last]
+    cost = sum((one / queries) ** (2 if causal else 1) for one in stops) / heads
+    if cost > 0.8:
+        return None
+    out = query.new_zeros(query.shape[0], queries, heads, value.shape[-1])
+    group = heads // key.shape[1]
+    first = 0
+    while first < heads:
+        # Views alone: the operator then reads what it would have read, in the same places.
+        whole = first % group == 0
+        stop = first + 1
+        while stop < heads and stops[stop] == stops[first] and (whole or stop % group):
+            stop += 1
+        if whole and stop - first > group:
+            stop -= (stop - first) % group
+        rows = stops[first]
+        if rows:
+            own = slice(first // group, -(-stop // group))
+            seen = slice(0, rows if causal else key.shape[2])
+            part, _ = flash.call(
+                query[:, first:stop, :rows],
+                key[:, own, seen],
+                value[:, own, seen],
+                None,
+                causal,
+                call.described_scale(),
+            )
+            out[:, :rows, first:stop] = part.transpose(1, 2)
+        first = stop
+    return out
+
+
+BLOCK = 512  # queries and keys of a whole number of blocks of the CPU operator
+
+
+@functools.cache
+def whole_blocks() -> bool:
+    """Whether fewer heads, or fewer whole blocks of queries, leave this PyTorch's bits alone."""
+    if not flash.kernel():
+        return False
+    gen = torch.Generator().manual_seed(0)
+    length, stop = 3 * BLOCK + 40, 2 * BLOCK
+    q, k, v = (torch.randn(1, length, h, 16, generator=gen).transpose(1, 2) for h in (4, 2, 2))
+    with torch.no_grad():
+        for causal in (False, True):
+            whole = flash.call(q, k, v, None, causal, 0.3)[0]
+            seen = slice(0, stop if causal else length)
+            part = flash.call(
+                q[:, 2:3, :stop], k[:, 1:2, seen], v[:, 1:2, seen], None, causal, 0.3
+            )[0]
+            if not torch.equal(part, whole[:, 2:3, :stop]):
+                return False
+    return True
 
 
 def _flash_enabled() -> bool:

@@ -41,12 +41,13 @@ def difference(call: Call, rows: Iterable[int]) -> str:
     if call.training and call.dropout > 0:
         return ""
     with torch.no_grad():  # also so that checkpointing saves the same tensors when it recomputes
-        output = call.plain_again()
-        wanted = (*call.query.shape[:3:2], call.query.shape[1], call.value.shape[-1])
+        rows = list(rows)
+        output = call.plain_at(rows)
+        wanted = (call.query.shape[0], len(rows), call.query.shape[1], call.value.shape[-1])
         if tuple(output.shape) != wanted:
             return f"{call.site} returns shape {tuple(output.shape)}, expected {wanted}."
-        for row in rows:
-            if not _fits(call, row, output[:, row]):
+        for number, row in enumerate(rows):
+            if not _fits(call, row, output[:, number]):
                 return (
                     f"{call.site} computes more than softmax(scale * q.k + bias) times the values; "
                     "it can be neither observed nor steered."

@@ -236,7 +236,7 @@ def _output(edit: Edit) -> Tensor:
     out = edit.attend(heads).transpose(1, 2)
     if bool(edit.touched.all()):
         return out.contiguous()
-    plain = call.plain()
+    plain = call.plain_where(~edit.touched)
     index = torch.tensor(heads, device=plain.device)
     rows = edit.touched.index_select(1, index).transpose(1, 2)[..., None]
     kept = torch.where(rows, out.to(plain.dtype), plain.index_select(2, index))
