@@ -4,12 +4,14 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.attnbias-stamp
 DOCS   := $(VENV)/.attnbias-docs-stamp
+OLDEST := .venv-oldest
+FLOOR  := $(shell sed -n 's/^hf = \["transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all mutants bench lint docs clean
+.PHONY: setup demo test test-all smoke-oldest mutants bench lint docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +33,22 @@ test: $(STAMP)
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --timeout 1800
 
+# The floor of pyproject.toml in an environment of its own: as constraints.txt, but for transformers
+# and what it needs in other versions.
+$(OLDEST)/.stamp: Makefile pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt "transformers==$(FLOOR)" \
+		pydantic pillow pytest pytest-timeout
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+smoke-oldest: $(OLDEST)/.stamp
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/hub/test_smoke.py tests/hub/test_identity.py \
+		tests/hub/test_structure.py tests/hub/test_prompt.py tests/hub/test_images.py \
+		tests/steer/test_models.py tests/steer/test_key_shift.py tests/steer/test_set_share.py
+
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.mutants
 
@@ -50,4 +68,4 @@ docs: $(DOCS)
 	$(PY) -m mkdocs build --strict --quiet --site-dir site
 
 clean:
-	rm -rf out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(OLDEST) out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

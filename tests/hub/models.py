@@ -76,6 +76,22 @@ BUILD: dict[str, Any] = {
             **TOKENS,
         ),
     ),
+    "neox": lambda: (
+        hf.GPTNeoXForCausalLM,
+        hf.GPTNeoXConfig(max_position_embeddings=64, **SIZES, **TOKENS),
+    ),
+    "opt": lambda: (
+        hf.OPTForCausalLM,
+        hf.OPTConfig(
+            ffn_dim=64,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            dropout=0.0,
+            **{k: v for k, v in SIZES.items() if k != "intermediate_size"},
+            **TOKENS,
+        ),
+    ),
+    "phi3": lambda: (hf.Phi3ForCausalLM, hf.Phi3Config(**GROUPED, **TOKENS)),
     "llama4": lambda: (
         hf.Llama4ForCausalLM,
         hf.Llama4TextConfig(
@@ -173,9 +189,11 @@ def _through_the_interface(name: str) -> bool:
 # Before 5.1 or later (5.0.0 and 5.23.0 were run): fewer families, masks asked for by position.
 OLD = "cache_position" in inspect.signature(hf.masking_utils.sdpa_mask).parameters
 FAMILIES = [name for name in BUILD if not OLD or _through_the_interface(name)]
-DECODERS = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "gpt_oss", "llama4", "deepseek_v3")
+DECODERS = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "gpt_oss", "neox", "opt", "phi3")
+DECODERS += ("llama4", "deepseek_v3")
 EAGER_ONLY = ("gpt_oss",)
-_QUERIES = ("q_proj.", "query.", "c_attn.", ".q.", "q_b_proj.", "attn.Wqkv.")
+_QUERIES = ("q_proj.", "query.", "c_attn.", ".q.", "q_b_proj.", "attn.Wqkv.", "qkv_proj.")
+_QUERIES += ("query_key_value.",)
 
 
 _STRENGTH = {"deepseek_v3": 6.0, "whisper": 2.0, "clip": 0.05, "t5": 0.01}
@@ -203,6 +221,10 @@ def _queries_of(path: str, parameter: Tensor) -> Tensor:
     third = parameter.shape[-1] // 3
     if "c_attn" in path:  # stored as (inputs, outputs)
         return parameter[..., :third]
+    if "query_key_value" in path:  # head by head: query, key, value
+        return parameter.view(4, 3, -1, *parameter.shape[1:])[:, 0]
+    if "qkv_proj" in path:  # four query heads, two of keys, two of values
+        return parameter[: parameter.shape[0] // 2]
     return parameter[: parameter.shape[0] // 3] if "Wqkv" in path else parameter
 
 
