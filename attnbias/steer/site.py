@@ -322,6 +322,14 @@ class SiteCall:
         found: T = self._memory.frozen[place]
         return found
 
+    def recall(self, name: str) -> Any:
+        """What `frozen` kept of earlier chunks of this text, None where there is nothing yet."""
+        return None if self.past == 0 else self._memory.frozen.get((self.site, name))
+
+    def held(self, name: str) -> Any:
+        """What `frozen` has kept of the chunks of this prompt so far; None at the first."""
+        return None if self.past == 0 else self._memory.frozen.get((self.site, name))
+
     def grown(self, keys: Tensor, fill: Any = False) -> Tensor:
         """A tensor over the keys of an earlier call ``(..., keys)`` on the keys of this one."""
         more = self.shape[3] - keys.shape[-1]

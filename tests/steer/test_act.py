@@ -43,7 +43,7 @@ def calibrate(p: Tensor, sinks: Tensor, beta: float) -> Tensor:
 
 
 class Dense:
-    """Sinks of the prompt's rows (of each chunk's own), kept layer by layer for what follows."""
+    """Sinks by the prompt's rows (those up to a chunk), kept layer by layer for what follows."""
 
     def __init__(
         self, beta: float, limit: Any = THRESHOLD, spare: str = "found", chunks: Sequence[int] = ()
@@ -69,7 +69,11 @@ class Dense:
             rows = slice(start, start + size)
             shown = rows.stop if square else p.shape[3]
             sinks = found_sinks(
-                p[:, :, rows, :shown], real[:, rows], where[:, :shown], limit, self.spare
+                p[:, :, : rows.stop, :shown],
+                real[:, : rows.stop],
+                where[:, :shown],
+                limit,
+                self.spare,
             )
             sinks = torch.nn.functional.pad(sinks, (0, p.shape[3] - shown))
             parts.append(calibrate(p[:, :, rows], sinks, self.beta))
@@ -99,7 +103,7 @@ class TestACT(RuleCase):
 
     @torch.no_grad()
     def test_chunked_prefill_and_every_cache(self, decoder: Subject) -> None:
-        """What is frozen when: each chunk has its own sinks, the steps have those of the last."""
+        """What is frozen when: chunks have the sinks by the rows so far, steps by all."""
         from transformers import DynamicCache, StaticCache
 
         ids = decoder.inputs["input_ids"]

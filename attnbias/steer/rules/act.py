@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError
-from attnbias.steer.marks import Marks
+from attnbias.steer.kept import Kept
 from attnbias.steer.rule import Rule
 from attnbias.steer.site import SiteCall
 
@@ -63,7 +63,7 @@ class ACT(Rule):
     When decoding, the sinks are those of the prompt: they are found at prefill, by its rows, and
     kept; later tokens are never sinks. (The authors' function takes the square map of a prompt for
     granted and would calibrate no step after it rightly.) Of a prefill in chunks each chunk has the
-    sinks of its own rows, and the last one decides for the steps.
+    sinks by the rows so far, and the steps those by all of them.
 
     Cost: three attention calls on the chosen heads more: received attention (once per prompt),
     shares, result; memory O(keys).
@@ -99,19 +99,25 @@ class ACT(Rule):
         # The sinks are found in the prompt, also where only the steps after it are calibrated.
         return super().acts_in(tower, layer, self.phase if self.phase == "decode" else phase)
 
-    def sinks(self, site: SiteCall) -> Tensor:
-        """Which keys of this call are sinks by its own rows: bool ``(batch, heads, keys)``."""
-        real = (site.key_positions >= 0)[:, None]
-        score = site.received() / site.seen_by().clamp(min=1)
-        limit = self.threshold if self.alpha is None else self.alpha / real.sum(-1, keepdim=True)
-        found = (score > limit) & real
-        if self.spare == "first":
-            return found & (site.key_positions != 0)[:, None]
-        return found & (found.cumsum(-1) > 1)
+    def sinks(self, site: SiteCall) -> tuple[Tensor, Kept, Kept]:
+        """The sinks of the prompt by its rows so far, by position: bool ``(batch, heads, N)``.
+
+        With what was received at each position, and by how many rows it was seen.
+        """
+        places, before = site.key_positions, site.held("sinks")
+        received = Kept.of(site.received(), places).with_(before and before[1])
+        seen_by = site.seen_by().expand(site.shape[0], -1, -1)
+        seen = Kept.of(seen_by, places).with_(before and before[2])
+        tokens = (places.amax(-1) + 1)[:, None, None]
+        limit = self.threshold if self.alpha is None else self.alpha / tokens
+        found = received.table / seen.table.clamp(min=1) > limit
+        others = found.cumsum(-1) > 1 if self.spare == "found" else torch.ones_like(found)
+        others[..., :1] = False
+        return found & others, received, seen
 
     def groups(self, site: SiteCall) -> Tensor:
-        marks = site.frozen("sinks", lambda: Marks.of(self.sinks(site), site.key_positions))
-        return marks.at(site.key_positions).long()
+        found = site.frozen("sinks", lambda: self.sinks(site))[0]
+        return Kept(found).at(site.key_positions).long()
 
     def group_count(self, site: SiteCall, groups: Tensor) -> int:
         return 2
