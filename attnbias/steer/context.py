@@ -32,13 +32,21 @@ class Editing:
         self.memories = [Memory() for _ in self.rules]
         self.flow: Flow | None = None  # the hidden states, where a rule reads or edits them
         self.stepper: Stepper | None = None  # branches and next-token scores
+        self.sources: frozenset[str] = frozenset()  # towers that only feed another one
+        self._towers: set[str] = set()  # those that the forward has called
         self._ran = False
 
     def begin_forward(self, forward: int) -> None:
-        """What was looked at belongs to one forward; what is frozen stays."""
+        """What was looked at belongs to one forward; what is frozen stays.
+
+        `generate` runs an image's tower alone, right before the forward that reads its features:
+        what was looked at there stays for that one.
+        """
         self._ran = True
-        for memory in self.memories:
-            memory.looked.clear()
+        if not self._towers or not self._towers <= self.sources:
+            for memory in self.memories:
+                memory.looked.clear()
+        self._towers.clear()
         if self.flow is not None:
             self.flow.begin()
 
@@ -95,6 +103,7 @@ class Editing:
             call: the attention call. editors: the `Editing` participants, outermost first.
         """
         for editor in editors:
+            editor._towers.add(call.site.tower)
             if editor.flow is not None:
                 editor.flow.see(call)
         active = [item for editor in editors for item in editor.active(call)]
@@ -147,6 +156,9 @@ def steer(
     rules, spans = _prompted(model, _checked(rules), spans, prompt)
     editing = Editing(rules, spans)
     places = sites(model)
+    towers = {site.tower for site in places}
+    fed = {tower for tower in towers if tower.startswith(("vision", "audio"))}
+    editing.sources = frozenset(fed if fed < towers else ())
     for rule in rules:
         rule.ready()
         if not rule.prepared:
@@ -165,7 +177,8 @@ def steer(
             check_places(rule, places)
     with (
         attach(model, editing) as session,
-        streaming(session, editing), dropping(session, editing),
+        streaming(session, editing),
+        dropping(session, editing),
         stepping(session, editing),
         gate(editing, session),
     ):
