@@ -148,7 +148,7 @@ class HookCase:
         for name in self.generates:
             subject = self.each(name, request)
             inputs, _, _ = padded(subject, "left")
-            del inputs["position_ids"]
+            inputs.pop("position_ids", None)
             options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
             options |= {"eos_token_id": None}
             plain = subject.model.generate(**inputs, **options)
