@@ -20,7 +20,7 @@ from attnbias.steer.states import collect, tower_of
 if TYPE_CHECKING:
     from attnbias.steer.rules.test_time_registers import TestTimeRegisters
 
-STANDS_OUT = 1.5  # outliers are at least this much longer than the longest ordinary patch
+STANDS_OUT = 3.0  # outliers are longer than this many median norms, where no threshold is given
 SPARSE = 0.5  # both the activation and the share of tokens of the code's sparsity filter
 _BATCH = 16
 
@@ -60,7 +60,7 @@ def find(
             norms.append(_norms(batch, detect, rule.prefix))
             tick()
         every = torch.cat([part.flatten() for part in norms])
-        line = _gap(every) if threshold is None else float(threshold)
+        line = _above(every) if threshold is None else float(threshold)
         totals: dict[int, Tensor] = {}
         marked = 0
         for batch, part in zip(batches, norms, strict=True):
@@ -133,19 +133,16 @@ def _scores(
     return [(state.site.layer, state.hidden) for state in states]
 
 
-def _gap(norms: Tensor) -> float:
-    """The geometric middle of the widest gap, by ratio, among the norms above the median."""
-    ordered = norms.sort().values
-    upper = ordered[len(ordered) // 2 :].clamp_min(1e-30)
-    ratios = upper[1:] / upper[:-1]
-    if not len(ratios) or float(ratios.max()) < STANDS_OUT:
+def _above(norms: Tensor) -> float:
+    """The threshold where none is given: a multiple of the median norm."""
+    line = STANDS_OUT * float(norms.median())
+    if not bool((norms > line).any()):
         raise AttnbiasError(
-            f"no patch stands out: among the norms above the median ({float(norms.median()):g}, "
-            f"largest {float(norms.max()):g}) there is no gap by a factor of {STANDS_OUT:g}: give "
-            "threshold= if the model has outliers nevertheless."
+            f"no patch stands out: the largest norm is {float(norms.max()):g} and the median "
+            f"{float(norms.median()):g}, no {STANDS_OUT:g} times: give threshold= if the model has "
+            "outliers nevertheless."
         )
-    place = int(ratios.argmax())
-    return float((upper[place] * upper[place + 1]).sqrt())
+    return line
 
 
 def _layer(value: int, count: int, name: str = "highest_layer") -> int:

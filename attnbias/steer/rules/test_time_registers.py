@@ -187,9 +187,8 @@ class TestTimeRegisters(Rule):
             images: pixels ``(images, channels, height, width)``, batches of them, or the model's
                 inputs for each batch. Published: 500 images.
             top_k: published: 50 for DINOv2-L, 10 for OpenCLIP-B/16.
-            threshold: published: 150 for DINOv2-L, 30 for OpenCLIP-B/16. None finds it: the middle
-                of the widest gap (by ratio) among the norms above the median. The paper gives no
-                rule for it; this one is ours.
+            threshold: published: 150 for DINOv2-L, 30 for OpenCLIP-B/16. None takes three times
+                the median norm; the work gives no rule for it, this one is ours.
             detect_layer: negative numbers count from the end. Published: -2 for DINOv2-L.
             highest_layer: the last layer to search; None: `detect_layer`. Published: 17 of 0 to 23
                 for DINOv2-L, 5 of 0 to 11 for OpenCLIP-B/16.
