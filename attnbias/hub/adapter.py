@@ -27,7 +27,7 @@ from attnbias.hub.registry import (
     switch_back,
     unregister,
 )
-from attnbias.hub.sites import Site, find, unwrap
+from attnbias.hub.sites import Site, find, is_diffusion, unwrap
 from attnbias.hub.verify import difference, probed
 
 # Towers whose output cross-attention reads: their own positions are not those of its queries.
@@ -70,9 +70,12 @@ class Session:
         forward: number of the running (or last) forward, -1 before the first.
     """
 
+    kind = "transformers"
+    places = staticmethod(find)
+
     def __init__(self, model: nn.Module) -> None:
         self.root = unwrap(model)
-        self.found = find(self.root)
+        self.found = self.places(self.root)
         self.sites = [entry.site for entry in self.found]
         self.participants: list[Any] = []
         self.calls: Counter[Site] = Counter()
@@ -80,6 +83,7 @@ class Session:
         self.thread = threading.get_ident()
         self.decoder_call: Before | None = None
         self.flow: Any = None  # hidden states, where a participant follows them
+        self.timestep: Tensor | None = None  # of a diffusion model's forward that runs
         self.drops: Any = None  # which tokens layers run on, where a participant drops some
         self._crosses = any(site.kind == "cross" for site in self.sites)
         self._frames: list[tuple[int, bool]] = []
@@ -144,7 +148,7 @@ class Session:
         self._frames.append((id(module), recomputed))
         self._maps_asked = maps_asked or (self._maps_asked and not outermost)
         if outermost and not recomputed:
-            assert_registered()
+            self.ready(args, kwargs or {})
             self.forward += 1
             self.decoder_call = None
             for participant in self.participants:
@@ -152,6 +156,10 @@ class Session:
             for participant in self.participants:
                 if hasattr(participant, "before_forward"):
                     participant.before_forward(module, args, kwargs or {})
+
+    def ready(self, args: Any, kwargs: Any) -> None:
+        """What a forward needs before it begins."""
+        assert_registered()
 
     def leave(self, module: nn.Module, output: Any) -> Any:
         """What the caller of `module` gets; None for `output` itself."""
@@ -286,7 +294,12 @@ def _after_forward(module: nn.Module, args: Any, output: Any) -> Any:
 def _join(model: nn.Module) -> Session:
     with LOCK:
         root = unwrap(model)
-        found = find(root)
+        kind = Session
+        if is_diffusion(root):
+            from attnbias.hub.diffusion import DiffusionSession
+
+            kind = DiffusionSession
+        found = kind.places(root)
         others = {
             id(SITES[id(entry.module)][2]): SITES[id(entry.module)][2]
             for entry in found
@@ -303,7 +316,7 @@ def _join(model: nn.Module) -> Session:
                 )
             joined: Session = session
             return joined
-        session = Session(model)
+        session = kind(model)
         session.open()
         return session
 

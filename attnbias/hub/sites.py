@@ -60,6 +60,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def is_diffusion(root: nn.Module) -> bool:
+    """Whether a model is one of diffusers; found without importing it."""
+    return any(kind.__module__.startswith("diffusers.") for kind in type(root).__mro__)
+
+
 def pretrained_class() -> type[nn.Module]:
     try:
         from transformers import PreTrainedModel
@@ -185,12 +190,16 @@ def sites(model: nn.Module) -> list[Site]:
     """Where `model` attends.
 
     Args:
-        model: a transformers model, also inside PEFT, `torch.compile` or a plain `nn.Module`.
+        model: a transformers or diffusers model, also inside PEFT, `torch.compile` or a plain `nn.Module`.
 
     Returns:
         One `Site` per attention module, in the order of `named_modules`; empty for a model that
         does not use the attention interface of transformers.
     """
+    if is_diffusion(unwrap(model)):
+        from attnbias.hub.diffusion import find_diffusion
+
+        return [entry.site for entry in find_diffusion(unwrap(model))]
     return [entry.site for entry in find(model)]
 
 

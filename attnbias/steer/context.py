@@ -150,6 +150,7 @@ def steer(
     from attnbias.steer.dropping import dropping
     from attnbias.steer.gate import gate
     from attnbias.steer.step import stepping
+    from attnbias.steer.wiring import wiring
 
     if not rules:
         raise AttnbiasError("steer needs at least one rule, as in ab.rules.KeyShift(...).")
@@ -178,7 +179,7 @@ def steer(
     with (
         attach(model, editing) as session,
         streaming(session, editing),
-        dropping(session, editing),
+        dropping(session, editing), wiring(session, editing),
         stepping(session, editing),
         gate(editing, session),
     ):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attnbias.steer.loop import Loop
     from attnbias.steer.site import SiteCall
     from attnbias.steer.step import Step
+    from attnbias.steer.wiring import BlockCall, Wired
 
 Phase = Literal["prefill", "decode", "both"]
 Layers = Literal["all"] | tuple[int, ...]
@@ -143,6 +144,15 @@ class Rule(ABC):
 
         Args:
             out: ``(batch, heads, queries, value dim)`` after all other edits, in the model's dtype.
+        """
+        return None
+
+    def wire(self, block: BlockCall, before: Tensor, after: Tensor) -> Wired | None:
+        """What a block with gated self-attention (GLIGEN) goes on with; None for `after` in both.
+
+        Args:
+            before: ``(batch, patches, size)``, the residual stream before gated self-attention.
+            after: the same after it.
         """
         return None
 

@@ -206,6 +206,19 @@ class SiteCall:
         one_hot = torch.nn.functional.one_hot(groups.long(), count)
         return self._edit.attend(self.heads, one_hot.to(self.dtype))
 
+    def share(self, keys: Keys) -> Tensor:
+        """The share of attention that chosen keys get together ``(batch, heads, queries)``.
+
+        Under the edits so far, with gradients; one more attention call, no map.
+        """
+        chosen = self.where(keys).to(self.dtype)[:, None, :, None]
+        return self._edit.attend(self.heads, chosen)[..., 0]
+
+    @property
+    def timestep(self) -> Tensor | None:
+        """The step of the denoising ``(batch | 1,)`` in a diffusion model, else None."""
+        return self._call.session.timestep
+
     def received(self) -> Tensor:
         """Attention that each key gets from all real queries of this call, summed.
 
