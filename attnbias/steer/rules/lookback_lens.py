@@ -124,11 +124,13 @@ class LookbackLens(Rule):
         found = Detector(places, weights, intercept, len(labels), window)
         return replace(self, detector=found)
 
-    def scores(self, model: nn.Module, texts: Sequence[LabelledText]) -> tuple[Tensor, Tensor]:
-        """The detector's probability for each labelled part of some texts, and the labels."""
+    def scores(
+        self, model: nn.Module, texts: Sequence[LabelledText], *, window: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The detector's probability for each part (or window) of texts, and the labels."""
         self.ready()
         assert self.detector is not None
-        features, labels, places = examples(self, model, texts, None)
+        features, labels, places = examples(self, model, texts, window)
         if places != self.detector.places:
             raise AttnbiasError("the detector was fitted on other heads or another model.")
         return self.detector.score(features), labels
