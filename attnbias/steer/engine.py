@@ -265,6 +265,9 @@ def _outputs(edit: Edit, item: Active, output: Tensor | None) -> Tensor | None:
 def _reallocate(edit: Edit, item: Active) -> None:
     site = item.site(edit)
     groups = item.rule.groups(site)
+    if groups is None:
+        item.effects.add("idle")
+        return
     name = type(item.rule).__name__
     want = (site.shape[0], site.shape[1], site.shape[3])
     fits = (

@@ -115,8 +115,11 @@ class Rule(ABC):
         """
         return None
 
-    def groups(self, site: SiteCall) -> Tensor:
-        """The group of each key: integers from 0, ``(batch | 1, heads | 1, keys)``."""
+    def groups(self, site: SiteCall) -> Tensor | None:
+        """The group of each key: integers from 0, ``(batch | 1, heads | 1, keys)``.
+
+        None: nothing is reallocated at this call.
+        """
         raise NotImplementedError(f"{type(self).__name__} reallocates but names no groups.")
 
     def group_count(self, site: SiteCall, groups: Tensor) -> int:

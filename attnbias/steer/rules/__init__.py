@@ -6,6 +6,7 @@ from attnbias.steer.documents import Ranking, rank_documents
 from attnbias.steer.lookback import Detector, LabelledText
 from attnbias.steer.rules.act import ACT, Selected
 from attnbias.steer.rules.adatp import AdaTP, Clip
+from attnbias.steer.rules.attention_modulation import AttentionModulation, Entity
 from attnbias.steer.rules.focus_directions import FocusDirections, FocusExample, FocusFit
 from attnbias.steer.rules.found_in_the_middle import FoundInTheMiddle
 from attnbias.steer.rules.game import GAME
@@ -15,6 +16,7 @@ from attnbias.steer.rules.loco_re import LocoRE
 from attnbias.steer.rules.lookback_lens import LookbackLens
 from attnbias.steer.rules.paint import PAINT
 from attnbias.steer.rules.pasta import PASTA
+from attnbias.steer.rules.re_ground import ReGround
 from attnbias.steer.rules.sgrs import SGRS
 from attnbias.steer.rules.split_softmax import SplitSoftmax
 from attnbias.steer.rules.streaming_llm import StreamingLLM
@@ -28,8 +30,10 @@ __all__ = [
     "PASTA",
     "SGRS",
     "AdaTP",
+    "AttentionModulation",
     "Clip",
     "Detector",
+    "Entity",
     "Example",
     "Fitted",
     "FocusDirections",
@@ -42,6 +46,7 @@ __all__ = [
     "LocoRE",
     "LookbackLens",
     "Ranking",
+    "ReGround",
     "RegisterFit",
     "Selected",
     "SplitSoftmax",
