@@ -19,6 +19,7 @@ from attnbias.bias import Bias, add
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.steer import extra
 from attnbias.steer.extra import Extra
+from attnbias.steer.partial import Groups, by_rows, few, split
 from attnbias.steer.placing import place, reach, take
 from attnbias.steer.rule import Rule
 from attnbias.steer.shares import NO_MASS, Fold, log_ratio, on_heads, repeat
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from attnbias.steer.branch import Lane
 
 _SKIP = True
+EVERY = slice(None)
 
 
 @contextmanager
@@ -51,12 +53,14 @@ class Memory:
     looked: by site, what `look` returned in the forward that runs.
     state: what the rule's `decode` has put there for its other hooks.
     branch: gives the rule's branches by name; None inside a branch.
+    inside: the name of the branch whose calls the rule looks at, empty outside of its own.
     """
 
     frozen: dict[Any, Any] = field(default_factory=dict)
     looked: dict[Site, Any] = field(default_factory=dict)
     state: dict[Any, Any] = field(default_factory=dict)
     branch: Callable[[str], Lane] | None = None
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class Edit:
         self.shape = (batch, heads, queries, call.key.shape[2])
         self.biases: Bias | None = None
         self.folds: list[Fold] = []
+        # The groups of the one reallocation, and the shares that it gave them.
+        self.apart: tuple[Groups, Tensor] | None = None
         self.touched = torch.zeros(
             batch, heads, queries, dtype=torch.bool, device=call.query.device
         )
@@ -136,19 +142,25 @@ class Edit:
         kept = self.touched.index_select(1, index) | rows
         self.touched = self.touched.index_copy(1, index, kept)
 
-    def attend(self, heads: Sequence[int], values: Tensor | None = None) -> Tensor:
+    def attend(
+        self, heads: Sequence[int], values: Tensor | None = None, rows: slice = EVERY
+    ) -> Tensor:
         """Attention of some heads under the edit so far, with the model's values or others.
 
         Args:
+            rows: only these queries.
             values: ``(batch | 1, 1 | heads, keys, size)`` instead of the model's, in float32
                 (float64): the attention is then computed in that format, whatever the model's is.
         """
         call = self.call
         query, key, value = on_heads(self, heads)
+        query = query[:, :, rows]
         kind = query.dtype if values is None else values.dtype
         device = query.device.type
         if values is None and torch.is_autocast_enabled(device) and kind != torch.float64:
             kind = torch.get_autocast_dtype(device)
+        if few(self):
+            return by_rows(self, heads, values, kind)[:, :, rows]
         query, key = query.to(kind), key.to(kind)
         if values is None:
             value = value.to(kind)
@@ -158,20 +170,23 @@ class Edit:
             value = values.expand(query.shape[0], key.shape[1], -1, -1)
         plain_query = query
         for fold in self.folds:
-            query, key, value = fold.apply(query, key, value, heads, call.scale)
+            part = Fold(fold.table[:, :, rows], fold.groups, fold.heads)
+            query, key, value = part.apply(query, key, value, heads, call.scale)
         terms = [b for b in (call.bias, self.biases) if b is not None]
         bias = add(*(take(b, heads, self.shape[1]) for b in terms)) if terms else None
+        if bias is not None and rows != EVERY:
+            bias = bias[..., rows, :]
         sink = None if call.sink is None else call.sink[list(heads)]
         with torch.autocast(device, enabled=False):
             if not self.extras:
                 out = attention(query, key, value, bias=bias, scale=call.scale, sink=sink)
                 assert isinstance(out, Tensor)
                 return out
-            part = attention(
+            own = attention(
                 query, key, value, bias=bias, scale=call.scale, sink=sink, return_lse=True
             )
-            assert isinstance(part, tuple)
-            parts = [part]
+            assert isinstance(own, tuple)
+            parts = [own]
             for more in self.extras:
                 masses = values is not None
                 parts.append(more.attend(plain_query, value, heads, call.scale, masses))
@@ -233,14 +248,29 @@ def _output(edit: Edit) -> Tensor:
     call = edit.call
     everywhere = edit.touched.any(2).any(0)
     heads = everywhere.nonzero()[:, 0].tolist()
-    out = edit.attend(heads).transpose(1, 2)
     if bool(edit.touched.all()):
-        return out.contiguous()
+        return edit.attend(heads).transpose(1, 2).contiguous()
+    rows = _rows(edit.touched)
+    out = edit.attend(heads, rows=rows).transpose(1, 2)
     plain = call.plain_where(~edit.touched)
     index = torch.tensor(heads, device=plain.device)
-    rows = edit.touched.index_select(1, index).transpose(1, 2)[..., None]
-    kept = torch.where(rows, out.to(plain.dtype), plain.index_select(2, index))
-    return plain.index_copy(2, index, kept)
+    chosen = edit.touched[:, :, rows].index_select(1, index).transpose(1, 2)[..., None]
+    some = plain[:, rows]
+    kept = torch.where(chosen, out.to(plain.dtype), some.index_select(2, index))
+    some = some.index_copy(2, index, kept)
+    if rows == EVERY:
+        return some
+    return torch.cat([plain[:, : rows.start], some, plain[:, rows.stop :]], 1)
+
+
+def _rows(touched: Tensor) -> slice:
+    """The queries to compute: those from the first to the last touched, where that is under half.
+
+    A rule that edits the last query of a long prompt then costs one row.
+    """
+    places = touched.flatten(0, 1).any(0).nonzero()[:, 0]
+    first, last = int(places[0]), int(places[-1]) + 1
+    return slice(first, last) if 2 * (last - first) <= touched.shape[2] else EVERY
 
 
 def _outputs(edit: Edit, item: Active, output: Tensor | None) -> Tensor | None:
@@ -289,18 +319,25 @@ def _reallocate(edit: Edit, item: Active) -> None:
             f"{int(groups.max())}."
         )
     kind = site.dtype
-    old = edit.attend(item.heads, torch.nn.functional.one_hot(groups.long(), count).to(kind))
+    apart = split(edit, item.heads, groups, count)
+    if apart is None:
+        columns = torch.nn.functional.one_hot(groups.long(), count).to(kind)
+        old = edit.attend(item.heads, columns)
+    else:
+        old = apart.masses.to(kind)
     old = torch.where(old < NO_MASS[kind], 0.0, old)
     new = item.rule.reallocate(site, old)
     if new is None:
         item.effects.add("idle")
         return
     real = (edit.call.query_positions >= 0)[:, None, :, None]
-    table = log_ratio(old, torch.where(real, new.to(old.dtype).expand_as(old), old), name)
+    new = torch.where(real, new.to(old.dtype).expand_as(old), old)
+    table = log_ratio(old, new, name)
     changed = (table.detach() != 0).any(-1)
     item.effects.add("changed" if bool(changed.any()) else "missed")
     if bool(changed.any()):
         edit.folds.append(Fold(table, groups, item.heads))
+        edit.apart = None if apart is None else (apart, new)
         edit.mark(changed, item.heads)
 
 

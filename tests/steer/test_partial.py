@@ -1,0 +1,179 @@
+"""Groups one by one give what one pass over all keys gives; a decoded token too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnbias as ab
+from attnbias.steer import Rule, partial
+from tests.steer import models
+
+LENGTH = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved(Rule):
+    """A third of the attention on some keys goes to the others; groups by name of a layout."""
+
+    layout: str = "stretch"
+
+    def groups(self, site: Any) -> Tensor:
+        n = site.shape[3]
+        places = site.key_positions.clamp(min=0)
+        found = {
+            "stretch": (places >= 5) & (places < 17),
+            "two stretches": ((places >= 2) & (places < 6)) | (places >= 30),
+            "first": places == 0,
+            "holes": (places % 13 == 3),
+            "scattered": (places % 2 == 0),
+            "rows differ": (places >= 5) & (places < 17),
+        }[self.layout]
+        found = found.expand(site.shape[0], n)
+        if self.layout == "rows differ":
+            found = torch.cat([found[:1], found[1:].roll(4, -1)])
+        return found.long()[:, None]
+
+    def group_count(self, site: Any, groups: Tensor) -> int:
+        return 3  # the last has no key
+
+    def reallocate(self, site: Any, masses: Tensor) -> Tensor:
+        rest, some, none = masses.unbind(-1)
+        new = torch.stack([rest + some / 3, some * 2 / 3, none], -1)
+        return torch.where((masses[..., :2] > 0).all(-1, keepdim=True), new, masses)
+
+
+@contextmanager
+def routes(apart: bool) -> Iterator[list[Any]]:
+    """Everything apart, or everything in one pass; the groups that were made."""
+    made: list[Any] = []
+    real = partial.split
+
+    def watched(*given: Any) -> Any:
+        found = real(*given)
+        made.append(found)
+        return found
+
+    with (
+        mock.patch.object(partial, "MANY", 1 if apart else 10**9),
+        mock.patch.object(partial, "HOLES", 4),
+        mock.patch.object(partial, "FEW", 0),
+        mock.patch("attnbias.steer.engine.split", watched),
+    ):
+        yield made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["stretch", "two stretches", "first", "holes", "rows differ"])
+@pytest.mark.parametrize("name", ["stories", "gpt_oss", "minilm"])
+@pytest.mark.parametrize("heads", ["all", (1, 2)])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_both_routes_agree(
+    name: str, layout: str, heads: Any, padding: str, request: pytest.FixtureRequest
+) -> None:
+    """Grouped heads, sink logits, padding on both sides, a bias per key before."""
+    subject = models.make(name, request)
+    ids = models.tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    if padding != "none":
+        mask[1, slice(0, 7) if padding == "left" else slice(-7, None)] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    rules = (
+        ab.rules.KeyShift(keys=(3, 20), amount=1.5, heads=heads),
+        Moved(layout=layout, heads=heads),
+    )
+    found = []
+    for apart in (False, True):
+        with routes(apart) as made, ab.steer(subject.model, *rules):
+            out = subject.model(**inputs)
+        found.append(out.logits if hasattr(out, "logits") else out.last_hidden_state)
+        # A window in the model, or eager sinks with one: that layer takes one pass.
+        assert any(one is not None for one in made) == apart, (name, layout)
+    real = mask.bool()
+    scale = found[0][real].abs().max()
+    assert (found[0] - found[1])[real].abs().max() < 1.5e-5 * scale
+
+
+@torch.no_grad()
+def test_scattered_keys_and_heads_of_their_own_take_one_pass(
+    request: pytest.FixtureRequest,
+) -> None:
+    subject = models.make("stories", request)
+    with routes(True) as made, ab.steer(subject.model, Moved(layout="scattered", heads="all")):
+        subject.model(input_ids=models.tokens(2, LENGTH))
+    assert made
+    assert all(one is None for one in made)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["stories", "gpt_oss", "mistral"])
+@pytest.mark.parametrize("heads", ["all", (1, 2)])
+def test_decoded_tokens_row_by_row(name: str, heads: Any, request: pytest.FixtureRequest) -> None:
+    """Against one pass, with two reallocations and a bias, grouped heads, padding and a window."""
+    subject = models.make(name, request)
+    ids = models.tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    rules = (
+        ab.rules.KeyShift(keys=(2,), amount=1.5, heads=heads),
+        Moved(layout="first", heads=heads),
+        Moved(layout="holes", heads=heads),
+    )
+    found = []
+    for few in (0, 4):
+        calls = []
+        real = partial.by_rows
+
+        def watched(*given: Any, real: Any = real, calls: list[int] = calls) -> Tensor:
+            calls.append(given[0].shape[2])
+            return real(*given)
+
+        with (
+            mock.patch.object(partial, "FEW", few),
+            mock.patch("attnbias.steer.engine.by_rows", watched),
+            ab.steer(subject.model, *rules),
+        ):
+            out = subject.model(input_ids=ids[:, :8], attention_mask=mask[:, :8], use_cache=True)
+            logits = []
+            for step in range(8, 12):
+                out = subject.model(
+                    input_ids=ids[:, step : step + 1],
+                    attention_mask=mask[:, : step + 1],
+                    past_key_values=out.past_key_values,
+                )
+                logits.append(out.logits)
+        assert bool(calls) == (few > 0)
+        assert all(count == 1 for count in calls)
+        found.append(torch.cat(logits, 1))
+    assert (found[0] - found[1]).abs().max() < 2e-5 * found[0].abs().max()
+
+
+@torch.no_grad()
+def test_chunked_prefill_apart(request: pytest.FixtureRequest) -> None:
+    """Queries after keys that are in the cache."""
+    subject = models.make("stories", request)
+    ids = models.tokens(2, LENGTH)
+    rule = Moved(layout="stretch", heads="all")
+    with ab.steer(subject.model, rule):
+        whole = subject.model(input_ids=ids).logits
+    for cut in (3, 10, 25):
+        with routes(True) as made, ab.steer(subject.model, rule):
+            first = subject.model(input_ids=ids[:, :cut], use_cache=True)
+            rest = subject.model(input_ids=ids[:, cut:], past_key_values=first.past_key_values)
+        assert all(one is not None for one in made)
+        assert torch.allclose(rest.logits, whole[:, cut:], atol=2e-4), cut
+
+
+def test_with_gradients_one_pass(request: pytest.FixtureRequest) -> None:
+    subject = models.make("stories", request)
+    with routes(True) as made, ab.steer(subject.model, Moved(heads="all")):
+        subject.model(input_ids=models.tokens(2, LENGTH)).logits.sum().backward()
+    assert made
+    assert all(one is None for one in made)
