@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from attnbias.steer.directions import Direction
 from attnbias.steer.documents import Ranking, rank_documents
 from attnbias.steer.lookback import Detector, LabelledText
 from attnbias.steer.rules.act import ACT, Selected
@@ -16,11 +17,13 @@ from attnbias.steer.rules.loco_re import LocoRE
 from attnbias.steer.rules.lookback_lens import LookbackLens
 from attnbias.steer.rules.paint import PAINT
 from attnbias.steer.rules.pasta import PASTA
+from attnbias.steer.rules.persona_vector import PersonaVector, Response
 from attnbias.steer.rules.re_ground import ReGround
 from attnbias.steer.rules.sgrs import SGRS
 from attnbias.steer.rules.split_softmax import SplitSoftmax
 from attnbias.steer.rules.streaming_llm import StreamingLLM
 from attnbias.steer.rules.test_time_registers import RegisterFit, TestTimeRegisters
+from attnbias.steer.rules.vti import VTI, VTIFit, masked_copies
 from attnbias.steer.rules.zero_tuning import Example, Fitted, ZeroTuning
 
 __all__ = [
@@ -29,10 +32,12 @@ __all__ = [
     "PAINT",
     "PASTA",
     "SGRS",
+    "VTI",
     "AdaTP",
     "AttentionModulation",
     "Clip",
     "Detector",
+    "Direction",
     "Entity",
     "Example",
     "Fitted",
@@ -45,13 +50,17 @@ __all__ = [
     "LabelledText",
     "LocoRE",
     "LookbackLens",
+    "PersonaVector",
     "Ranking",
     "ReGround",
     "RegisterFit",
+    "Response",
     "Selected",
     "SplitSoftmax",
     "StreamingLLM",
     "TestTimeRegisters",
+    "VTIFit",
     "ZeroTuning",
+    "masked_copies",
     "rank_documents",
 ]
