@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.hub.adapter import attach
 from attnbias.hub.call import Call
+from attnbias.hub.device import runs_on
 from attnbias.hub.sites import Site, sites, unwrap
 from attnbias.hub.verify import difference
 
@@ -163,7 +164,7 @@ def _small_inputs(root: nn.Module, main: str | None = None) -> dict[str, Tensor]
         if owner is None:
             return {}
     config = owner.config
-    device = next((one.device for one in root.parameters()), torch.device("cpu"))
+    device = runs_on(root)
     main = main or str(getattr(owner, "main_input_name", "input_ids"))
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)

@@ -91,11 +91,12 @@ def collect(
     """
     from attnbias import __version__
     from attnbias.hub import sites
+    from attnbias.hub.device import runs_on
     from attnbias.observe.observer import choose
 
     text_read = read(text, tokenizer, limit(model, tokenizer), max_tokens)
     order = shuffled(text_read.words, seed)
-    device = next(model.parameters()).device
+    device = runs_on(model)
     ids = torch.tensor([text_read.ids], device=device)
     _check_vocabulary(model, text_read)
     asked = layers if isinstance(layers, str) else tuple(layers)
