@@ -87,6 +87,7 @@ def rank_documents(
     Their prompts repeat the question before the documents (here: ``system=question``). Chosen here:
     the dummy has the length of what it replaces.
     """
+    from attnbias.hub.device import runs_on
     from attnbias.steer.states import evaluating, tower_of
 
     evaluating(model)
@@ -99,7 +100,7 @@ def rank_documents(
     chosen = documents_of(prompt.spans) if not documents else keys_of(documents)
     spans = Spans(prompt.spans)
     tower = tower_of(_Look(documents=chosen, towers=towers), model)
-    device = next(one.device for one in model.parameters())
+    device = runs_on(model)
     inputs = {name: value.to(device) for name, value in prompt.inputs.items()}
     positions = _positions(inputs)
     slots = [spans.chosen((one,), positions, 1)[0].nonzero()[:, 0] for one in chosen]
