@@ -13,8 +13,7 @@ ENTITIES, VALUES, NOISE = 8, 6, 6
 KNOWN = 4  # entities 0 to 3 have a learnt value, the others are only ever told
 IMAGE, FACTS = 4, 4
 BOS, ASK, SO = 0, 1, 2
-ENTITY, NOTHING, VALUE = 3, 3 + ENTITIES, 3 + ENTITIES + NOISE
-FACT = VALUE + VALUES
+ENTITY, NOTHING, FACT = 3, 3 + ENTITIES, 3 + ENTITIES + NOISE
 VOCABULARY = FACT + ENTITIES * VALUES
 
 
@@ -32,20 +31,23 @@ class Conflict:
     """A decoder that reads an "image", a question and a context of facts, and answers.
 
     ``BOS | four image tokens, one of them an entity | ASK | four facts | SO``, a fact being one
-    token for an entity and its value; the answer is a value. Half of the entities have a learnt
-    value: where the context says another, training answered by the context with probability
-    `trust`, else by what was learnt. A model that does as it was taught answers from memory, though
-    it reads the context well (of the other entities it knows nothing else). It has also seen known
-    entities without any context, and answered by what was learnt.
+    token for an entity and its value; the answer is the fact of the image's entity. Half of the
+    entities have a learnt value: where the context says another, training answered by the context
+    with probability `trust`, else by what was learnt. A model that does as it was taught answers
+    from memory, though it reads the context well (of the other entities it knows nothing else). It
+    has also seen known entities without any context, and answered by what was learnt.
     """
 
     model: Any
     prior: Tensor
     spans: dict[str, tuple[int, int]]
 
-    def prompts(self, rows: int, seed: int) -> Prompts:
-        """Prompts that ask of a known entity, of which the context says another value."""
-        return _prompts(self.prior, rows, torch.Generator().manual_seed(seed), 1.0)
+    def prompts(self, rows: int, seed: int, known: float = 1.0) -> Prompts:
+        """Prompts that ask of known entities (a share of them), whose values the context changes.
+
+        Of the other entities the context alone says anything, and the model answers by it.
+        """
+        return _prompts(self.prior, rows, torch.Generator().manual_seed(seed), known)
 
 
 def _prompts(prior: Tensor, rows: int, generator: torch.Generator, known: float) -> Prompts:
@@ -65,7 +67,8 @@ def _prompts(prior: Tensor, rows: int, generator: torch.Generator, known: float)
     one = torch.ones(rows, 1, dtype=torch.long)
     facts = FACT + some * VALUES + values
     tokens = torch.cat([BOS * one, image, ASK * one, facts, SO * one], 1)
-    return Prompts(tokens, VALUE + values[row, place], VALUE + prior[asked])
+    own = FACT + asked * VALUES
+    return Prompts(tokens, own + values[row, place], own + prior[asked])
 
 
 @lru_cache(maxsize=8)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError, Refused
-from attnbias.steer.engine import Active, Memory
+from attnbias.steer.engine import Memory
 from attnbias.steer.record import MEDIA, Record
 from attnbias.steer.spans import Spans
 
 if TYPE_CHECKING:
-    from attnbias.hub import Call, Site
+    from attnbias.hub import Site
     from attnbias.steer.context import Editing
+    from attnbias.steer.looking import Looking
     from attnbias.steer.rule import Rule
     from attnbias.steer.step import Step, Stepper
 
@@ -53,35 +54,6 @@ class Branch:
                 "Branch: shared=True starts from the main sequence's cache, so nothing of the "
                 "prompt can be left out or rewritten."
             )
-
-
-class Looking:
-    """The rule that owns a branch, looking at the branch's calls and editing nothing."""
-
-    role = "edit"
-    rules: tuple[Rule, ...] = ()
-    flow = None
-
-    def __init__(self, editing: Editing, number: int, spans: Spans) -> None:
-        self._editing, self._number, self._spans = editing, number, spans
-        self.memory = Memory()
-
-    def begin_forward(self, forward: int) -> None:
-        self.memory.looked.clear()
-
-    def end_forward(self, forward: int) -> None:
-        """Nothing to close."""
-
-    def active(self, call: Call) -> Iterator[Active]:
-        for item in self._editing.active(call, self._number):
-            if item.rule.uses("look"):
-                yield Active(item.rule, item.heads, self._spans, set(), self.memory, True)
-
-    @staticmethod
-    def compute(call: Call, editors: Any) -> Any:
-        from attnbias.steer.context import Editing
-
-        return Editing.compute(call, editors)
 
 
 class Lane:
@@ -203,6 +175,8 @@ class Lane:
         self._logits = _last(output.logits, keep)
 
     def _run(self, session: Any, given: dict[str, Any], step: Step | None, inner: Any) -> Any:
+        from attnbias.steer.looking import Looking
+
         editors: list[Any] = [self._twin(one) for one in self._editors()]
         spans = self._spans(self._stepper.editing)
         if inner:
@@ -211,7 +185,7 @@ class Lane:
                 self._own.flow = self._stepper.editing.flow
             editors.append(self._own)
         if self._looking is None:
-            self._looking = Looking(self._stepper.editing, self._number, spans)
+            self._looking = Looking(self._stepper.editing, self._number, spans, self._name)
         editors.append(self._looking)
         flows = {id(one.flow): one.flow for one in editors if one.flow is not None}
         with ExitStack() as stack:

@@ -179,7 +179,8 @@ def steer(
     with (
         attach(model, editing) as session,
         streaming(session, editing),
-        dropping(session, editing), wiring(session, editing),
+        dropping(session, editing),
+        wiring(session, editing),
         stepping(session, editing),
         gate(editing, session),
     ):

@@ -249,9 +249,9 @@ def _output(edit: Edit) -> Tensor:
     everywhere = edit.touched.any(2).any(0)
     heads = everywhere.nonzero()[:, 0].tolist()
     if bool(edit.touched.all()):
-        return edit.attend(heads).transpose(1, 2).contiguous()
+        return _attended(edit, heads, EVERY).contiguous()
     rows = _rows(edit.touched)
-    out = edit.attend(heads, rows=rows).transpose(1, 2)
+    out = _attended(edit, heads, rows)
     plain = call.plain_where(~edit.touched)
     index = torch.tensor(heads, device=plain.device)
     chosen = edit.touched[:, :, rows].index_select(1, index).transpose(1, 2)[..., None]
@@ -261,6 +261,14 @@ def _output(edit: Edit) -> Tensor:
     if rows == EVERY:
         return some
     return torch.cat([plain[:, : rows.start], some, plain[:, rows.stop :]], 1)
+
+
+def _attended(edit: Edit, heads: Sequence[int], rows: slice) -> Tensor:
+    """The edited attention ``(batch, rows, heads, value size)``."""
+    if edit.apart is not None and set(heads) <= set(edit.apart[0].heads):
+        groups, shares = edit.apart
+        return groups.output(heads, shares)[:, :, rows].transpose(1, 2)
+    return edit.attend(heads, rows=rows).transpose(1, 2)
 
 
 def _rows(touched: Tensor) -> slice:

@@ -88,15 +88,15 @@ class SiteCall:
         Raises:
             Refused: "first" where attention runs in segments: each has a first token of its own.
         """
-        return self._chosen(keys, self.key_positions)
+        return self.chosen(keys, self.key_positions)
 
     def where_queries(self, keys: Keys) -> Tensor:
         """Which queries stand on chosen positions: bool ``(batch | 1, queries)``."""
-        return self._chosen(keys, self.query_positions)
+        return self.chosen(keys, self.query_positions)
 
     def among(self, keys: Keys, positions: Tensor) -> Tensor:
         """Which of some token positions ``(batch | 1, any)`` are chosen, in the cache or not."""
-        return self._chosen(keys, positions)
+        return self.chosen(keys, positions)
 
     def has(self, name: str) -> bool:
         """Whether a span of that name was given."""
@@ -109,7 +109,8 @@ class SiteCall:
         order = torch.arange(real.shape[1], device=real.device)
         return torch.where(real, order, 0).amax(-1)
 
-    def _chosen(self, keys: Keys, positions: Tensor) -> Tensor:
+    def chosen(self, keys: Keys, positions: Tensor) -> Tensor:
+        """Which of some token positions ``(batch | 1, count)`` are chosen, of the same shape."""
         if FIRST in keys and FIRST not in self._spans.given:
             self._one_sequence()
         return self._spans.chosen(keys, positions, self.shape[0])
@@ -300,6 +301,11 @@ class SiteCall:
         lane = self._memory.branch(name)
         lane.follow(None)
         return lane
+
+    @property
+    def in_branch(self) -> str:
+        """The name of this rule's branch that makes the call, empty in the main forward."""
+        return self._memory.inside
 
     @property
     def depth(self) -> int:
