@@ -48,13 +48,17 @@ class State:
 
     def shortened(self) -> State:
         """A prompt without its last token."""
-        length = self.ids.shape[1]
-        inputs = dict(self.inputs)
-        for name in _LONG:
-            value = inputs.get(name)
-            if isinstance(value, Tensor) and value.shape[-1] == length:
-                inputs[name] = value[..., :-1]
-        return State(self.ids[:, :-1], inputs, None, {})
+        return State(self.ids[:, :-1], _shorter(self.inputs, self.ids.shape[1]), None, {})
+
+
+def _shorter(inputs: dict[str, Any], length: int) -> dict[str, Any]:
+    """Inputs for `length` tokens, without the last."""
+    found = dict(inputs)
+    for name in _LONG:
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.shape[-1] == length:
+            found[name] = value[..., :-1]
+    return found
 
 
 def light(state: State) -> bool:
@@ -83,12 +87,8 @@ def _copied(state: State) -> Any:
     return cache
 
 
-def cropped(state: State, prompt: State) -> State | None:
-    """A state as it was before its last token was run, right after the prompt; None: unknown.
-
-    Args:
-        prompt: the same before anything was run.
-    """
+def cropped(state: State) -> State | None:
+    """A state as it was before its last token was run; None where the cache cannot tell."""
     cache = _copied(state)
     for layer in _layers(cache):
         kind = type(layer).__name__
@@ -100,7 +100,7 @@ def cropped(state: State, prompt: State) -> State | None:
             layer.cumulative_length -= 1
         if layer.is_initialized:
             layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
-    inputs = {**prompt.inputs, CACHE: cache}
+    inputs = {**_shorter(state.inputs, state.ids.shape[1] + 1), CACHE: cache}
     if "cache_position" in state.inputs:  # before 5.1 or so
         inputs["cache_position"] = state.inputs["cache_position"][-1:] - 1
     return State(state.ids, inputs, None, {})

@@ -103,12 +103,11 @@ def gate(editing: Editing, session: Session) -> Iterator[None]:
         refuse(root, given, name)
         if not drivers:
             return inner(*args, **options)
-        from attnbias.steer.driver import Driver
+        from attnbias.steer.driver import drive
 
         _honoured(root, given, name)
         number = next(i for i, rule in enumerate(editing.rules) if rule is drivers[0])
-        driver = Driver(editing, number, session, given.get("streamer"))
-        return inner(**_stopping(root, given, name), custom_generate=driver)
+        return drive(inner, _stopping(root, given, name), editing, number, session)
 
     generate.__dict__["attnbias_rules"] = [*rules, *_outer(root)]
     object.__setattr__(root, "generate", generate)

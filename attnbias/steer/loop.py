@@ -189,11 +189,9 @@ class Loop:
         """
         if self._at.logits is None:
             return
-        if self.length > self.prompt_length:
-            raise AttnbiasError("only the step after the prompt can be run again.")
-        before = cropped(self._at, self._prompt)
+        before = cropped(self._at)
         if before is None:  # a cache that has dropped what came before: the prompt is run once more
-            if self.length == 1 or self._prompt.past:
+            if self.length != self.prompt_length or self.length == 1 or self._prompt.past:
                 raise Refused(
                     f"the cache {type(self._prompt.cache).__name__} cannot give back its last "
                     "token: use the default cache of generate."
@@ -240,7 +238,14 @@ class Loop:
                 state = self._step(state)
             assert state.logits is not None
             looked.append(state.looked)
-            scores = self.request.processors(state.ids, state.logits.clone())
+            # Row by row: some of the call's processors hold a state for its one row.
+            lines = [
+                self.request.processors(
+                    state.ids[row : row + 1], state.logits[row : row + 1].clone()
+                )
+                for row in range(count)
+            ]
+            scores = torch.cat(lines)
             for warper in warpers:
                 scores = warper(state.ids, scores)
             if draw:
@@ -249,7 +254,8 @@ class Loop:
                 chosen = scores.argmax(-1)
             lengths = lengths + (~done).long()
             state = state.extended(torch.where(done, chosen.new_tensor(0), chosen))
-            done = done | self.request.stopping(state.ids, None).to(done.device)
+            held = [self.request.stopping(state.ids[row : row + 1], None) for row in range(count)]
+            done = done | torch.cat(held).to(done.device)
             if bool(done.all()):
                 break
         found = []
