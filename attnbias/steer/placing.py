@@ -134,11 +134,10 @@ def reach(edit: Bias, own: Bias | None, shape: tuple[int, int, int, int]) -> Ten
     batch, heads, queries, _ = shape
     touched = torch.zeros(1, 1, 1, dtype=torch.bool)
     for term in edit.terms():
-        found = (
-            _reach_keys(term.weight != 0, own, shape)
-            if isinstance(term, KeyBias)
-            else _reach_any(term, own, shape)
-        )
+        if isinstance(term, KeyBias):
+            found = _reach_keys(term.weight != 0, own, shape)
+        else:
+            found = _reach_any(term, own, shape, _candidates(term, shape[2]))
         touched = touched.to(found.device) | found
     return touched.expand(batch, heads, queries)
 
@@ -163,14 +162,30 @@ def _reach_keys(moved: Tensor, own: Bias | None, shape: tuple[int, int, int, int
     return torch.cat(parts, -1)
 
 
-def _reach_any(edit: Bias, own: Bias | None, shape: tuple[int, int, int, int]) -> Tensor:
+def _candidates(edit: Bias, queries: int) -> range:
+    """The queries that an edit could change: fewer than all where a table of classes says so."""
+    if not isinstance(edit, Bucketed) or edit.rows is None:
+        return range(queries)
+    lines = (edit.table != 0).any(-1)  # (b, h, classes)
+    size = [max(a, b) for a, b in zip(lines.shape[:2], edit.rows.shape[:2], strict=True)]
+    rows = edit.rows.long().expand(*size, -1)
+    moved = lines.expand(*size, -1).gather(2, rows).flatten(0, 1).any(0).nonzero()
+    return range(int(moved[0]), int(moved[-1]) + 1) if len(moved) else range(0)
+
+
+def _reach_any(
+    edit: Bias, own: Bias | None, shape: tuple[int, int, int, int], queries: range
+) -> Tensor:
     """For any other structure: entries are built for one head and `ROWS` queries at a time."""
+    if not len(queries):
+        return torch.zeros(1, 1, 1, dtype=torch.bool)
     masks, whole = _masks(own), slice(0, shape[3])
+    pad = (queries.start, shape[2] - queries.stop)
     found = []
     for head in range(edit.heads):
         parts = []
-        for start in range(0, shape[2], ROWS):
-            rows = slice(start, min(start + ROWS, shape[2]))
+        for start in range(queries.start, queries.stop, ROWS):
+            rows = slice(start, min(start + ROWS, queries.stop))
             part = slice(head, head + 1)
             moved = edit[slice(None), part, rows, whole].dense() != 0
             if masks is not None:
@@ -178,7 +193,7 @@ def _reach_any(edit: Bias, own: Bias | None, shape: tuple[int, int, int, int]) -
                 moved = moved & _seen(masks[:, own_part, :, :], rows, whole).to(moved.device)
             row = moved.any(-1).any(1, keepdim=True)
             parts.append(row.expand(row.shape[0], 1, rows.stop - rows.start))
-        found.append(torch.cat(parts, -1))
+        found.append(torch.nn.functional.pad(torch.cat(parts, -1), pad))
     return torch.cat(found, 1)
 
 
