@@ -32,7 +32,7 @@ _HIDDEN = -1e4  # what diffusers adds to the scores of masked tokens
 _FLOW = ("down_blocks", "mid_block", "up_blocks")  # their order in a forward
 
 
-def find_diffusion(root: nn.Module) -> list[Found]:
+def find_diffusion(model: nn.Module) -> list[Found]:
     """Every attention module of a diffusers model: towers "self", "cross" and "gated".
 
     Layers count in the order in which a UNet runs its blocks: down, middle, up.
@@ -43,7 +43,7 @@ def find_diffusion(root: nn.Module) -> list[Found]:
         top = name.split(".")[0]
         return _FLOW.index(top) if top in _FLOW else len(_FLOW)
 
-    named = [(name, one) for name, one in root.named_modules() if isinstance(one, Attention)]
+    named = [(name, one) for name, one in model.named_modules() if isinstance(one, Attention)]
     counts: dict[str, int] = {}
     found = []
     for name, module in sorted(named, key=lambda entry: place(entry[0])):
@@ -51,7 +51,7 @@ def find_diffusion(root: nn.Module) -> list[Found]:
         tower = "gated" if name.endswith("fuser.attn") else "cross" if cross else "self"
         layer = counts.get(tower, 0)
         counts[tower] = layer + 1
-        found.append(Found(Site(tower, layer, name, "cross" if cross else "self"), module, (root,)))
+        found.append(Found(Site(tower, layer, name, "cross" if cross else "self"), module, (model,)))
     return found
 
 
@@ -175,6 +175,10 @@ class Carried:
         return out
 
 
+def _forget(key: int) -> None:
+    SITES.pop(key, None)
+
+
 class DiffusionSession(Session):
     """A diffusers model between entry and exit of its outermost context."""
 
@@ -209,7 +213,7 @@ class DiffusionSession(Session):
         vars(module)["processor"] = Carried(inner)
         self._undo.append(partial(vars(module).__setitem__, "processor", inner))
         SITES[id(module)] = (module, entry.site, self)
-        self._undo.append(partial(SITES.pop, id(module), None))
+        self._undo.append(partial(_forget, id(module)))
 
     def ready(self, args: Any, kwargs: Any) -> None:
         """Nothing is registered anywhere; the step is remembered."""

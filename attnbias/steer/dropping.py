@@ -87,6 +87,19 @@ class Dropping:
         finally:
             self.turns = kept
 
+    # For those who look at whole layers ----------------------------------------------------------
+
+    def left(self, site: Site) -> Turn | None:
+        """The tower's tokens where some of them are gone in the layer that runs, else None."""
+        turn = self.turns.get(site.tower)
+        return turn if turn is not None and turn.alive is not None else None
+
+    def cut(self, site: Site, hidden: Tensor) -> Tensor:
+        """Hidden states of all tokens, without those that the layer does not run on."""
+        turn = self.left(site)
+        whole = turn is None or hidden.shape[:2] != (turn.batch, turn.length)
+        return hidden if whole else take(hidden, turn.alive, 1)  # type: ignore[union-attr, arg-type]
+
     # One layer ------------------------------------------------------------------------------------
 
     def run(self, parts: Parts, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

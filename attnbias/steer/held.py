@@ -49,7 +49,9 @@ class Held:
                     f"runs {self.batch}."
                 )
             slots = slots.repeat_interleave(self.batch // slots.shape[0], 0)
-        slots = slots[:, : self._count()]
+        lost, slots = slots[:, self._count() :], slots[:, : self._count()]
+        if bool((lost < self.past).any()):  # as many keys went as in layers that hold more
+            raise Refused(f"{self.what}: its cache was cut back to before tokens were dropped.")
         kept = (slots < self.past).sum(1)
         if int(kept.min()) == slots.shape[1]:
             return slots

@@ -96,6 +96,10 @@ class Flow:
         turn = self.turns.get(site)
         if turn is None:
             return None  # the layer did not attend in this forward
+        drops = self.session.drops
+        left = None if drops is None or place != "layer" else drops.left(site)
+        if left is not None:  # between layers all tokens are there
+            turn = turn._replace(queries=left.length, positions=left.positions)
         hidden, positions = _rows(tensor, turn, site)
         changed = False
         for editor in self.editors:
@@ -189,7 +193,10 @@ class Flow:
         if len(terms) < 2 or parts.site not in self.inputs:
             return
         self.checked.add(parts.site)
-        wanted = self.inputs[parts.site].detach() + terms["attention"] + terms["mlp"]
+        before = self.inputs[parts.site]
+        if self.session.drops is not None:
+            before, output = (self.session.drops.cut(parts.site, one) for one in (before, output))
+        wanted = before.detach() + terms["attention"] + terms["mlp"]
         close = 1e-3 if output.dtype in (torch.float32, torch.float64) else 5e-2
         off = float((output.detach() - wanted).abs().max())
         if not off <= close * float(wanted.abs().max()):
@@ -219,7 +226,10 @@ def input_of(call: Call) -> Tensor:
             f"{call.site}: the layer's input is kept for rules that set reads_hidden = True only."
         )
     turn = Turn(call.query.shape[0], call.query.shape[2], call.query_positions, call.phase)
-    return _rows(flow.inputs[call.site], turn, call.site)[0]
+    hidden = flow.inputs[call.site]
+    if call.session.drops is not None:
+        hidden = call.session.drops.cut(call.site, hidden)
+    return _rows(hidden, turn, call.site)[0]
 
 
 def doors(rule: Rule) -> tuple[str, ...]:
