@@ -238,8 +238,8 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
     for item in active:
         if item.uses("look"):
             found = item.rule.look(item.site(edit))
+            item.effects.add("idle" if found is None else "changed")
             if found is not None:
-                item.effects.add("changed")
                 item.memory.looked[call.site] = found
     return Edited(output, edit.total if bool(edit.touched.any()) else None, *edit.seen())
 
