@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attnbias.bias import Bias
 from attnbias.errors import Refused
 from attnbias.hub.call import Call
-from attnbias.hub.checks import check, configs, hooked, ignores
+from attnbias.hub.checks import check, configs, hooked, ignores, one_graph
 from attnbias.hub.registry import (
     LOCK,
     SITES,
@@ -330,13 +330,20 @@ def attach(model: nn.Module, participant: Any) -> Iterator[Session]:
 
     Raises:
         Refused: the model does not use the attention interface, uses an implementation other than
-            sdpa or eager, or is inside a context of another thread.
+            sdpa or eager, is inside a context of another thread, or is compiled as one graph.
     """
     session = _join(model)
     session.participants.append(participant)
     try:
         yield session
         session.require(getattr(participant, "required", ()))
+    except Exception as error:
+        if one_graph(error):
+            raise Refused(
+                f"{type(session.root).__name__} is compiled with fullgraph=True, and what observes "
+                "and edits attention runs outside graphs: compile it without fullgraph."
+            ) from error
+        raise
     finally:
         with LOCK:
             for number in reversed(range(len(session.participants))):

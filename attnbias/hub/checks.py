@@ -67,3 +67,10 @@ def hooked(root: nn.Module, found: list[Found]) -> list[nn.Module]:
     modules = {id(root): root}
     modules |= {id(owner): owner for entry in found for owner in entry.owners}
     return list(modules.values())
+
+
+def one_graph(error: Exception) -> bool:
+    """Whether a compiler gave up because a graph may not be left where we leave it."""
+    if type(error).__module__ != "torch._dynamo.exc":
+        return False
+    return "attnbias observes and edits outside graphs" in str(error)  # `registry.outside_graphs`

@@ -34,7 +34,8 @@ def outside_graphs(function: F) -> F:
     Participants run any Python on live tensors, and which of them are there must be read anew at
     each call, not frozen into a graph: one graph break per attention layer, in a context only.
     """
-    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    said = "attnbias observes and edits outside graphs"
+    return cast(F, torch.compiler.disable(function, reason=said))  # type: ignore[no-untyped-call]
 
 
 class Host(Protocol):
