@@ -25,6 +25,7 @@ ORDER = (
     "benchmarks.fold_precision",
     "benchmarks.stability",
     "benchmarks.observe",
+    "benchmarks.steer",
 )
 
 
