@@ -174,6 +174,18 @@ def test_every_place_of_every_class(kind: Kind) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[11]], ids=["decoder", "vision"])
+def test_recorded_states_are_the_edited_ones(kind: Kind) -> None:
+    """Also where the model was made to record before the context was entered."""
+    model, inputs = built(kind)
+    plain = model(**inputs, output_hidden_states=True).hidden_states
+    with ab.steer(model, Turned(at="layer", amount=0.5, layers=(0,))):
+        found = model(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(found[0], plain[0])
+    assert torch.equal(found[1], turned(plain[1], 0.5))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_collected_states_are_the_parts_of_a_layer(kind: Kind) -> None:
     """Input + attention + mlp is the layer; the down projection of the neurons is the MLP."""
