@@ -178,9 +178,9 @@ def steer(
             check_places(rule, places)
     with (
         attach(model, editing) as session,
+        wiring(session, editing),
         streaming(session, editing),
         dropping(session, editing),
-        wiring(session, editing),
         stepping(session, editing),
         gate(editing, session),
     ):
