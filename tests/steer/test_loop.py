@@ -328,7 +328,7 @@ def test_taken_back_tokens_cannot_be_unstreamed(subject: Subject) -> None:
 def test_spans_per_row_and_rules_around(subject: Subject) -> None:
     """Each row sees its own spans while it is run, in every context, also when repeated."""
     spans = {"document": [(2, 5), (5, 8)]}
-    shift = ab.rules.KeyShift(keys="document", amount=4.0, heads=[0, 1, 5, 6])
+    shift = ab.rules.KeyShift(keys="document", amount=8.0, heads="all")
     options = {**OPTIONS, "do_sample": True, "num_return_sequences": 2, "top_k": 1}
     with ab.steer(subject.model, shift, spans=spans):
         wanted = subject.model.generate(**subject.inputs, **options)
