@@ -393,4 +393,56 @@ DEFECTS: tuple[Defect, ...] = (
             "tests/benchmarks/test_structures.py::test_a_gradient_that_is_wrong_or_never_came_is_an_error",
         ),
     ),
+    # Hidden states
+    Defect(
+        "register-of-image-0-for-all",
+        "attnbias/steer/rules/test_time_registers.py",
+        "self.scale * every.gather(1, largest)",
+        "self.scale * every.gather(1, largest)[:1]",
+        ("tests/steer/test_test_time_registers.py",),
+    ),
+    Defect(
+        "registers-silence-cls",
+        "attnbias/steer/rules/test_time_registers.py",
+        "patches = slice(self.prefix, site.length)",
+        "patches = slice(0, site.length)",
+        (
+            "tests/steer/test_test_time_registers.py::test_cls_keeps_its_activations_and_the_register_takes_the_rest",
+        ),
+    ),
+    Defect(
+        "added-tokens-in-recorded-states",
+        "attnbias/steer/doors.py",
+        "one.shape[1] == longer",
+        "False",
+        ("tests/steer/test_hidden.py::test_added_tokens_are_seen_and_gone",),
+    ),
+    Defect(
+        "recorded-states-before-the-edit",
+        "attnbias/steer/doors.py",
+        "module.register_forward_hook(_after, with_kwargs=True, prepend=True)",
+        "module.register_forward_hook(_after, with_kwargs=True)",
+        ("tests/steer/test_hidden.py::test_recorded_states_are_the_edited_ones",),
+    ),
+    Defect(
+        "any-layer-passes-for-a-sum",
+        "attnbias/steer/stream.py",
+        "if not off <= close * float(wanted.abs().max()):",
+        "if False:",
+        ("tests/steer/test_hidden.py::test_a_layer_that_is_no_sum_is_refused",),
+    ),
+    Defect(
+        "turned-states-of-length-one",
+        "attnbias/steer/rules/vti.py",
+        "return normalize(turned, dim=-1) * length",
+        "return normalize(turned, dim=-1)",
+        ("tests/steer/test_vti.py::test_lengths_stay_and_a_direction_per_token_is_taken",),
+    ),
+    Defect(
+        "persona-on-padding",
+        "attnbias/steer/rules/persona_vector.py",
+        "chosen = (order == site.last[:, None])[..., None]",
+        "chosen = (order == hidden.shape[1] - 1)[None, :, None]",
+        ("tests/steer/test_persona_vector.py::test_tokens_of_prompt_and_response",),
+    ),
 )
