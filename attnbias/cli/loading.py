@@ -24,7 +24,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def text_of(path: str) -> str:
+def text_of(path: str, option: str = "--text") -> str:
     """A file (or "-" for standard input) as text in UTF-8.
 
     Raises:
@@ -33,15 +33,15 @@ def text_of(path: str) -> str:
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
-        raise AttnbiasError(f"--text {path!r} cannot be read: {error.strerror}") from error
+        raise AttnbiasError(f"{option} {path!r} cannot be read: {error.strerror}") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise AttnbiasError(
-            f"--text {path!r} is not UTF-8 text (byte {error.start}); convert it first"
+            f"{option} {path!r} is not UTF-8 text (byte {error.start}); convert it first"
         ) from error
     if not text.strip():
-        raise AttnbiasError(f"--text {path!r} holds no word; give a file with some text")
+        raise AttnbiasError(f"{option} {path!r} holds no word; give a file with some text")
     return text
 
 
@@ -143,11 +143,26 @@ def load_for(
         )
     except AttnbiasError:
         raise
-    except ImportError as error:
-        raise AttnbiasError(f"{name!r} could not be loaded: {_sentence(error)}") from error
     except Exception as error:
         raise AttnbiasError(f"{name!r} could not be loaded: {_sentence(error)}") from error
     return model.to(where).eval(), processor, _identity(given, config)
+
+
+def load_writer(name: str, *, images: bool, **options: Any) -> tuple[Any, Any]:
+    """A model with what prepares its prompts; one that reads images too, where there are some.
+
+    Args:
+        images: whether the prompt holds images. options: as `load` takes them.
+    """
+    if images:
+        return load_for("image-text", name, **options)[:2]
+    try:
+        return load_for("text", name, **options)[:2]
+    except Refused as refused:
+        try:
+            return load_for("image-text", name, **options)[:2]
+        except Refused:
+            raise refused from None
 
 
 def _seeing(name: str, config: Any, kind: str) -> tuple[str, str]:

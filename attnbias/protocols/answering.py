@@ -116,16 +116,22 @@ def on_device(model: Any, prompt: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def write(model: Any, processor: Any, prompt: Any, new_tokens: int) -> str:
-    """What the model writes after a prompt, greedily."""
+def written_ids(model: Any, prompt: Any, new_tokens: int) -> list[int]:
+    """The tokens that the model writes after a prompt, greedily."""
     inputs = on_device(model, prompt)
     length = inputs["input_ids"].shape[1]
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
     if model.generation_config.pad_token_id is None:
         ends = model.generation_config.eos_token_id
         options["pad_token_id"] = ends[0] if isinstance(ends, list) else (ends or 0)
-    ids = model.generate(**inputs, **options)[0, length:].tolist()
+    ids: list[int] = model.generate(**inputs, **options)[0, length:].tolist()
+    return ids
+
+
+def write(model: Any, processor: Any, prompt: Any, new_tokens: int) -> str:
+    """The same as text."""
     tokenizer = getattr(processor, "tokenizer", processor)
+    ids = written_ids(model, prompt, new_tokens)
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
