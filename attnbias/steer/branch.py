@@ -109,19 +109,25 @@ class Lane:
             )
         if record.steps == 0 and (branch.embeds or branch.shared):
             self.reset()  # a prompt in chunks: what was decided on its first ones is void
-        if branch.shared and self.used == 0 and record.length > 1:
-            self._share()
-        self._feed(record.length, step, inner=branch.rules)
+        if branch.shared and self.used == 0 and not self._share():
+            # The prompt without each row's last token, then that token under the branch's rules.
+            order = torch.arange(record.length, device=record.real.device)
+            last = record.real & (order == record.real.long().mul(order).amax(-1, keepdim=True))
+            if bool((record.real & ~last).any()):
+                self._feed(record.real & ~last, None, inner=())
+            self._feed(last, step, inner=branch.rules, again=True)
+            return
+        keep = record.real & ~self._removed()
+        self._feed(keep[:, self.used :], step, inner=branch.rules)
 
-    def _share(self) -> None:
-        """The main sequence's cache without its last token; run anew where it cannot be cut."""
+    def _share(self) -> bool:
+        """Take the main sequence's cache without its last token, if that can be cut off."""
         record = self._record
         cache = record.cache() if record.cache is not None else None
-        last = record.real[:, -1]
-        copied = _shortened(cache, record.length) if bool(last.all()) else None
+        every = bool(record.real[:, -1].all())
+        copied = _shortened(cache, record.length) if every and record.length > 1 else None
         if copied is None:
-            self._feed(record.length - 1, None, inner=(), whole=False)
-            return
+            return False
         self._cache, self._real = copied, record.real[:, :-1]
         self.used = record.length - 1
         self._attributes = {id(one): dict(_plain(one)) for one in self._owners}
@@ -130,29 +136,29 @@ class Lane:
             kept = [memory for rule, memory in _pairs(editing) if rule is not self._rule]
             for memory, old in zip(twin.memories, kept, strict=True):
                 memory.frozen.update(old.frozen)
+        return True
 
-    def _feed(self, stop: int, step: Step | None, inner: Any, whole: bool = True) -> None:
+    def _feed(self, keep: Tensor, step: Step | None, inner: Any, again: bool = False) -> None:
+        """Run the main sequence's newest tokens as far as they are kept.
+
+        Args:
+            keep: bool ``(batch, new)``. again: of tokens that were fed without these before.
+        """
         record, session = self._record, self._stepper.session
-        chunk = record.since(self.used, self._embed)
-        width = stop - self.used
-        real = record.real[:, self.used : stop]
-        keep = real & ~self._removed()[:, self.used : stop]
+        stop = record.length
+        start = stop - keep.shape[1]
+        chunk = record.since(start, self._embed)
+        real = record.real[:, start:]
         tokens = chunk.embeds if chunk.ids is None else chunk.ids
         assert tokens is not None
-        tokens, kinds, extras = tokens[:, :width], dict(chunk.kinds), dict(chunk.extras)
-        same = bool((keep == real).all())
-        compact = not same or self._compacted
-        if self.used == 0:
-            self._compacted = compact = not same or not whole
+        kinds, extras = dict(chunk.kinds), {} if again else dict(chunk.extras)
+        self._compacted = compact = self._compacted or not bool((keep == real).all())
         if self._branch.without and any(MEDIA.search(name) for name in extras):
             self._drop_media(extras, tokens, real & ~keep, keep)
         if compact:
             order, keep = _compact(keep, type(self._rule).__name__, self._name)
             tokens = _pick(tokens, order)
-            kinds = {name: _pick(value[:, :width], order) for name, value in kinds.items()}
-        else:
-            keep = real
-            kinds = {name: value[:, :width] for name, value in kinds.items()}
+            kinds = {name: _pick(value, order) for name, value in kinds.items()}
         self._real = keep if self._real is None else torch.cat([self._real, keep], 1)
         given: dict[str, Any] = {**extras, **kinds}
         given["input_ids" if not tokens.is_floating_point() else "inputs_embeds"] = tokens

@@ -27,12 +27,13 @@ class _Rows(Rule):
     start: int = 0
     found: dict[Any, Tensor] = field(default_factory=dict)
 
-    def look(self, site: SiteCall) -> None:
+    def look(self, site: SiteCall) -> bool:
         rows = (site.query_positions[0] >= self.start).nonzero()[:, 0]
         maps = site.attention(rows.expand(site.shape[0], -1))[0]
         for number, head in enumerate(site.heads):
             place = (site.site.layer, head)
             self.found[place] = to_positions(maps[number, None], site.key_positions)[0]
+        return True
 
 
 class Answered(NamedTuple):
