@@ -331,8 +331,9 @@ class Probe:
         self._loop = loop
         with torch.enable_grad():
             self.state = loop._step(state)
-        assert self.state.logits is not None
-        self.logits, self.looked = self.state.logits[0], self.state.looked
+            assert self.state.logits is not None
+            self.logits = self.state.logits[0]  # a view made without gradients would be cut off
+        self.looked = self.state.looked
 
     def follow(self, token: Tensor) -> Probe:
         """The step after it that reads `token`, in the same graph."""

@@ -176,7 +176,10 @@ class SGRS(Rule):
         with torch.enable_grad():
             loss = -step.logits.log_softmax(-1)[token]
         grads = torch.autograd.grad(
-            loss, [row.probe for row in rows], retain_graph=True, allow_unused=True
+            loss,
+            [row.probe for row in rows],
+            retain_graph=True,
+            allow_unused=self.row == "candidate",
         )
         found = []
         for row, grad in zip(rows, grads, strict=True):
