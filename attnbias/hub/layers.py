@@ -22,6 +22,7 @@ _MLPS = (
     ("mlp", "mlp.fc2", ""),  # CLIP, ViT, SigLIP, Qwen2-VL
     ("mlp", "mlp.c_proj", ""),  # GPT-2
     ("mlp", "mlp.dense_4h_to_h", ""),  # GPT-NeoX
+    ("mlp", "mlp.Wo", ""),  # ModernBERT
     ("output.dense", "output.dense", "intermediate"),  # BERT; ViT before transformers 5.3
     ("fc2", "fc2", "fc1"),  # OPT, BART
 )
@@ -54,6 +55,13 @@ class Parts:
     mlp: nn.Module | None
     neurons: nn.Module | None
     sums: bool
+
+    @property
+    def placed(self) -> bool:
+        """Whether attention knows where tokens are: by relative positions or in windows."""
+        names = [name for name, _ in self.layer.named_modules()]
+        names += [name for name, _ in self.layer.named_parameters()]
+        return hasattr(self.layer, "window_size") or any("relative_position" in n for n in names)
 
     def module(self, place: str) -> nn.Module:
         """The module of one of `PLACES`.
@@ -102,7 +110,8 @@ def layers(model: nn.Module) -> dict[Site, Parts]:
             )
         layer = modules[".".join(path[:length])]
         outer = modules.get(".".join(path[: max(length - 3, 0)]))
-        if isinstance(outer, nn.ModuleList):  # T5: a layer is itself a list of sub-blocks
+        if isinstance(outer, nn.ModuleList) and _mlp(layer)[0] is None:
+            # T5: a layer is itself a list of sub-blocks (in Swin the inner list holds layers).
             layer = modules[".".join(path[: length - 2])]
         attention = modules[".".join(path[: length + 1])]
         for last, witness in _ATTENTIONS:

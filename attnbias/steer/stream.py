@@ -156,7 +156,8 @@ class Flow:
         if more is None:
             return hidden
         site = parts.site
-        if not site.tower.startswith("vision") or getattr(parts.core, "is_causal", False):
+        causal = bool(getattr(parts.core, "is_causal", False))
+        if not site.tower.startswith("vision") or causal or parts.placed:
             raise Refused(
                 f"{site}: tokens can be added where every token sees every token and none has a "
                 "position of its own: towers of vision transformers."

@@ -454,6 +454,47 @@ def test_refusals(name: str, rule: Rule, words: str, request: pytest.FixtureRequ
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "model", "fields", "words"),
+    [
+        ("BeitConfig", "BeitModel", {**IMAGE, "use_relative_position_bias": True}, "position"),
+        (
+            "BeitConfig",
+            "BeitModel",
+            {**IMAGE, "use_shared_relative_position_bias": True},
+            "masks or positions per token",
+        ),
+        ("DINOv3ViTConfig", "DINOv3ViTModel", IMAGE, "masks or positions per token"),
+        (
+            "SwinConfig",
+            "SwinModel",
+            {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 2],
+             "num_heads": [2, 2], "window_size": 4},
+            "every token sees every token",
+        ),
+    ],
+    ids=["beit", "beit shared", "dinov3", "swin"],
+)  # fmt: skip
+def test_towers_with_positions_in_their_attention_take_no_token(
+    config: str, model: str, fields: dict[str, Any], words: str
+) -> None:
+    """Their hidden states can be edited; an added token would have no place among the others."""
+    import transformers
+
+    made = redraw(getattr(transformers, model)(getattr(transformers, config)(**fields))).eval()
+    inputs = {"pixel_values": pixels()}
+    plain = out(made, inputs)
+    with pytest.raises(ab.Refused, match=words), ab.steer(made, Append(value=0.5)):
+        out(made, inputs)
+    for at in ("layer", "neurons"):
+        Turned.calls.clear()
+        with ab.steer(made, Turned(at=at, amount=0.5)):
+            assert off(out(made, inputs), plain) > 1e-4
+        assert len(Turned.calls) == len(layers(made))
+    assert torch.equal(out(made, inputs), plain)
+
+
+@torch.no_grad()
 def test_a_layer_that_is_no_sum_is_refused() -> None:
     """A class that scales what a sub-block adds: known by its names only, and caught."""
     from transformers import GraniteConfig, GraniteForCausalLM
