@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise AttnbiasError("--prompt holds no word; give a text to go on from")
     named = dict(map(_named, args.span))
     documents = [text_of(path, "--documents") for path in args.documents]
+    check_spans(recipe, names_of(args, named))
     model, processor = load_writer(
         args.model, images=bool(args.image), device=args.device, dtype=args.dtype,
         revision=args.revision, trust_remote_code=args.trust_remote_code,
@@ -78,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
         processor, args.prompt, system=args.system, documents=documents, images=args.image,
         spans=named,
     )  # fmt: skip
-    check_spans(recipe, prompt)
     plain, steered, parts = continuations(model, processor, recipe, prompt, args.max_new_tokens)
     tell(recipe, prompt, plain, steered, parts)
     return 0
@@ -125,7 +125,16 @@ def asked(
     return replace(made, spans=found)
 
 
-def check_spans(recipe: Recipe, prompt: Prompt) -> None:
+def names_of(args: argparse.Namespace, named: Iterable[str]) -> set[str]:
+    """The spans that the prompt will have."""
+    names = {"first", "question", "generated", *named}
+    names |= {f"document {number}" for number in range(len(args.documents))}
+    if args.image:
+        names |= {"image", *(f"image {number}" for number in range(len(args.image)))}
+    return names | ({"system"} if args.system else set())
+
+
+def check_spans(recipe: Recipe, names: Collection[str]) -> None:
     """Refuse a rule that needs a span which is not there, with what to add to the line.
 
     Raises:
@@ -133,7 +142,7 @@ def check_spans(recipe: Recipe, prompt: Prompt) -> None:
     """
     for rule in recipe.rules:
         for name in rule.needs:
-            if name in prompt.spans:
+            if name in names:
                 continue
             kind = name.partition(" ")[0]
             add = {
@@ -143,7 +152,7 @@ def check_spans(recipe: Recipe, prompt: Prompt) -> None:
             }.get(kind, f"--span '{name}=START:STOP'")
             raise Refused(
                 f"{type(rule).__name__} needs the span {name!r}, and the prompt has "
-                f"{', '.join(sorted(prompt.spans))}: add {add}"
+                f"{', '.join(sorted(names))}: add {add}"
                 + ("" if add.startswith("--span") else f" (or --span '{name}=START:STOP')")
             )
 
