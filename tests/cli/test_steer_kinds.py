@@ -126,7 +126,7 @@ def line(error: str) -> str:
         (("--span", "document 1=900:"), "starts at 900; the prompt has"),
         (("--span", "document 1=none"), "there is no span 'none'; there are first"),
         (("--documents", "none.txt"), "--documents 'none.txt' cannot be read"),
-        (("--image", "none.png"), "does not write about images"),
+        (("--image", "n.png", "--span", "document 1=1:3"), "does not write about images"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_one_line(
