@@ -68,7 +68,6 @@ class Lane:
         self._stepper, self._record, self._number, self._name = stepper, record, number, name
         self._rule: Rule = stepper.editing.rules[number]
         self._branch: Branch = self._rule.branches[name]
-        self._attributes: dict[int, dict[str, Any]] = {}
         self._version = -1
         self._logits: Tensor | None = None
         self.reset()
@@ -83,7 +82,10 @@ class Lane:
         self._own: Editing | None = None
         self._looking: Looking | None = None
         self._logits = None
-        self._attributes.clear()
+
+        # A text without images never computes its offset anew, so the main one must not be there.
+        with_offset = [one for one in self._owners if "rope_deltas" in vars(one)]
+        self._attributes = {id(one): {"rope_deltas": None} for one in with_offset}
 
     @property
     def logits(self) -> Tensor:

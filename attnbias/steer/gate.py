@@ -47,8 +47,8 @@ _OFF = (None, False, 0, 1, 1.0)
 
 
 def gated(rule: Rule) -> bool:
-    """Whether a rule needs plain decoding: it drives the loop, or runs branches beside it."""
-    return rule.uses("decode") or bool(getattr(rule, "branches", None))
+    """Whether a rule needs plain decoding: it drives the loop, edits scores, or runs branches."""
+    return rule.uses("decode") or rule.uses("logits") or bool(getattr(rule, "branches", None))
 
 
 def setting(model: nn.Module, options: Mapping[str, Any], name: str) -> Any:
