@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import attnbias as ab
-from docs import make_forms, pictures
+from docs import make_forms, make_rules, pictures
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "docs" / "structures"
@@ -112,3 +112,39 @@ def test_every_page_is_in_the_navigation() -> None:
     nav = set(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]))
     docs = ROOT / "docs"
     assert nav == {str(page.relative_to(docs)) for page in docs.rglob("*.md")}
+
+
+def test_the_pages_of_rules_are_current() -> None:
+    """Also after a rule, a row of the catalogue or a recorded result has changed."""
+    made = make_rules.pages()
+    there = {page.name: page.read_text("utf-8") for page in make_rules.FOLDER.glob("*.md")}
+    old = sorted(name for name in made.keys() | there.keys() if made.get(name) != there.get(name))
+    assert not old, f"{old}: run `python docs/make_rules.py`"
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert make_rules.navigation(nav) == nav, "run `python docs/make_rules.py`"
+
+
+def test_a_page_of_a_rule_says_what_it_must() -> None:
+    for name in make_rules.rules():
+        text = (make_rules.FOLDER / make_rules.file_name(name)).read_text("utf-8")
+        for part in ("## What you must supply", "## Price", "## Evidence", "## Source"):
+            assert part in text, (name, part)
+        assert text.count("```tex") == (inspect.getdoc(getattr(ab.rules, name)) or "").count(
+            ".. math::"
+        )
+    page = (make_rules.FOLDER / "zero_tuning.md").read_text("utf-8")
+    for words in ("2505.11739", "rule.fit(model, examples)", "`factor`", "D = 1 + (g - 1)"):
+        assert words in page, words
+
+
+def test_prices_on_the_pages_are_those_recorded() -> None:
+    cell = {"status": "ok", "prefill, model": 1.25, "prefill, attention": 2.5, "token, model": 3.0}
+    head = {"machine": {"cpu": "Abacus"}}
+    recorded = {"head": head, "lines": {"ZeroTuning": cell}}
+    text = make_rules.price("ZeroTuning", recorded)
+    assert "model 1.25, attention 2.50; of a decoded token, model 3.00 (goal 1.05)" in text
+    assert "Abacus" in text
+    failed = {"head": head, "lines": {"ZeroTuning": {"status": "failed", "reason": "no"}}}
+    assert make_rules.price("ZeroTuning", failed) == "ZeroTuning: failed, no."
+    assert "Not recorded" in make_rules.price("ZeroTuning", {})
+    assert "No line" in make_rules.price("AdaTP", {})
