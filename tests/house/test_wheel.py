@@ -41,7 +41,9 @@ def test_holds_the_package_alone(wheel: Path) -> None:
     inside = [name for name in sizes if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in inside} == {"attnbias"}
     assert {Path(name).suffix for name in inside} <= PLAIN
-    assert not [name for name in inside if "test" in name.lower()]
+    # Test-time registers are a method, not a test.
+    named = [name.lower().replace("test_time", "").replace("test-time", "") for name in inside]
+    assert not [name for name in named if "test" in name]
     assert "attnbias/py.typed" in inside
     assert any(name.endswith("licenses/LICENSE") for name in sizes)
     assert sum(sizes.values()) < 2_000_000

@@ -575,3 +575,53 @@ def test_collect_refuses_in_one_sentence() -> None:
         collect(model, inputs, layers=(7,))
     with pytest.raises(ab.AttnbiasError, match=r"model\.eval\(\)"):
         collect(model.train(), inputs)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_models_take_every_edit_and_lose_it_again() -> None:
+    """Graphs of one context are not those of the next: hooks are looked up when they run."""
+    model, inputs = built(KINDS[11])
+    plain = out(model, inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(out(compiled, inputs), plain)
+    rules = (
+        ab.rules.KeyShift(keys=[1], amount=2.0, heads="all"),
+        Turned(at="layer", amount=0.5),
+        Turned(at="neurons", amount=0.3, layers=(1,)),
+        Append(value=0.5),
+    )
+    for rule in rules:
+        with ab.steer(model, rule):
+            wanted = out(model, inputs)
+        with ab.steer(compiled, rule):
+            assert off(out(compiled, inputs), wanted) < RELATIVE
+        assert off(wanted, plain) > 1e-3
+        assert torch.equal(out(compiled, inputs), plain)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_dtype_of_the_model_stays(kind: torch.dtype) -> None:
+    model, inputs = built(KINDS[11])
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    rules = (
+        ab.rules.VTI(directions={0: vector, 1: vector}, strength=20.0),
+        ab.rules.PersonaVector(directions={1: vector}, tokens_at="all"),
+        ab.rules.TestTimeRegisters(neurons=((0, 1), (1, 2)), scale=60.0),
+    )
+    wanted = []
+    for rule in rules:
+        with ab.steer(model, rule):
+            wanted.append(out(model, inputs))
+    plain = out(model, inputs)
+    small = copy.deepcopy(model).to(kind)
+    given = {name: value.to(kind) for name, value in inputs.items()}
+    for rule, whole in zip(rules, wanted, strict=True):
+        with ab.steer(small, rule):
+            found = out(small, given)
+        assert found.dtype == kind
+        assert off(found.float(), whole) < (1e-5 if kind == torch.float64 else 0.02)
+        assert off(plain, whole) > 0.03
