@@ -445,4 +445,62 @@ DEFECTS: tuple[Defect, ...] = (
         "chosen = (order == hidden.shape[1] - 1)[None, :, None]",
         ("tests/steer/test_persona_vector.py::test_tokens_of_prompt_and_response",),
     ),
+    # Tokens that are dropped
+    Defect(
+        "dropped-keys-of-row-0-only",
+        "attnbias/hub/subset.py",
+        "return whole.gather(dim, index.to(tensor.device).view(view).expand(shape))",
+        "return whole.gather(dim, index[:1].expand_as(index).reshape(view).expand(shape))",
+        ("tests/steer/test_adatp.py::test_equals_the_plain_rewrite",),
+    ),
+    Defect(
+        "window-by-count-after-dropping",
+        "attnbias/hub/subset.py",
+        "if terms is None or not all(map(_causal, terms)):",
+        "if terms is None:",
+        ("tests/steer/test_dropping.py::test_equals_hiding_the_keys",),
+    ),
+    Defect(
+        "padding-lost-after-dropping",
+        "attnbias/hub/subset.py",
+        "real.expand(rows.shape[0], -1).gather(1, self._columns)",
+        "torch.ones_like(self._columns, dtype=torch.bool)",
+        ("tests/steer/test_dropping.py::test_padding",),
+    ),
+    Defect(
+        "short-cache-forgotten-while-decoding",
+        "attnbias/steer/held.py",
+        "self.slots = None if slots is None else self._cut(slots)",
+        "self.slots = None",
+        ("tests/steer/test_dropping.py::test_decode_steps_after[mistral]",),
+    ),
+    Defect(
+        "places-repeat-at-once",
+        "attnbias/steer/budget.py",
+        "order = order[turn.sort(stable=True).indices]",
+        "pass",
+        ("tests/steer/test_adatp.py::test_places_repeat_only_when_all_were_kept_once",),
+    ),
+    # Diffusion
+    Defect(
+        "processors-left-behind",
+        "attnbias/hub/diffusion.py",
+        'self._undo.append(partial(vars(module).__setitem__, "processor", inner))',
+        "pass",
+        ("tests/steer/test_diffusion.py::test_restores_the_processors",),
+    ),
+    Defect(
+        "boxes-read-by-cross-attention",
+        "attnbias/steer/rules/re_ground.py",
+        "return Wired(stream, before)",
+        "return Wired(stream, stream)",
+        ("tests/steer/test_re_ground.py::test_equals_the_block_by_hand",),
+    ),
+    Defect(
+        "phases-from-the-image-on",
+        "attnbias/steer/rules/attention_modulation.py",
+        "return 1 - (site.timestep.to(site.device).to(site.dtype) + 1) / self.steps",
+        "return (site.timestep.to(site.device).to(site.dtype) + 1) / self.steps",
+        ("tests/steer/test_attention_modulation.py::test_equals_the_dense_rewrite",),
+    ),
 )
