@@ -6,6 +6,7 @@ keep them after a context has ended, so they find the session by the identity of
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
@@ -139,12 +140,29 @@ def _tables() -> list[tuple[dict[str, Any], Callable[..., Any]]]:
     ]
 
 
+_HOOK_GUARDS = "skip_nnmodule_hook_guards"
+_guards: dict[str, Any] = {}
+
+
+def _guard_hooks() -> None:
+    """While we are there, compiled code looks whether a module has hooks.
+
+    By default it does not: code made for a layer without an edit would run for one with an edit.
+    """
+    name = "torch._dynamo.config"
+    config = sys.modules.get(name)  # nothing is compiled where it has not been imported
+    if config is not None and hasattr(config, _HOOK_GUARDS):
+        _guards[name] = getattr(config, _HOOK_GUARDS)
+        setattr(config, _HOOK_GUARDS, False)
+
+
 def register() -> None:
     """Put our functions under our name, remembering what was there."""
     global _users
     with LOCK:
         if _users == 0:
             _saved.extend((table, table.get(NAME, _ABSENT)) for table, _ in _tables())
+            _guard_hooks()
         _users += 1
         assert_registered()
 
@@ -163,6 +181,9 @@ def unregister() -> None:
         _users -= 1
         if _users:
             return
+        for config, value in _guards.items():
+            setattr(sys.modules[config], _HOOK_GUARDS, value)
+        _guards.clear()
         while _saved:
             table, before = _saved.pop()
             if before is _ABSENT:
