@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def written(decoder: Copying, rows: int, seed: int, least: int = 1) -> list[Labe
 def stretches(kinds: list[bool], least: int) -> tuple[tuple[int, int, bool], ...]:
     """``(start, stop, faithful)`` of each stretch of tokens of one kind."""
     edges = [0] + [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]] + [len(kinds)]
-    pairs = list(zip(edges[:-1], edges[1:], strict=True))
+    pairs = list(pairwise(edges))
     return tuple((START + a, START + b, kinds[a]) for a, b in pairs if b - a >= least)
 
 
