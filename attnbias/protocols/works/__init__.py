@@ -8,7 +8,7 @@ import pkgutil
 from attnbias.errors import AttnbiasError
 from attnbias.protocols.base import Protocol
 
-_NAMES = sorted(found.name for found in pkgutil.iter_modules(__path__))
+_NAMES = sorted(found.name for found in pkgutil.iter_modules(__path__) if found.name[0] != "_")
 PROTOCOLS: dict[str, Protocol] = {
     one.work: one
     for one in (importlib.import_module(f"{__name__}.{name}").PROTOCOL for name in _NAMES)

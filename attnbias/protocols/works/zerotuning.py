@@ -5,20 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from attnbias.protocols import answering
 from attnbias.protocols.base import Bench, Cell, Protocol, Rules
+from attnbias.protocols.works import _tools as tools
 from attnbias.steer import rules as shelf
 
 
 def rule(bench: Bench) -> Rules:
     """Profiled and searched for accuracy of the first token of the right choice."""
-    tokenizer = getattr(bench.processor, "tokenizer", bench.processor)
-    examples = []
-    for item in bench.examples:
-        first = [answering.continuation(tokenizer, choice)[0] for choice in item["choices"]]
-        inputs = answering.on_device(bench.model, bench.ask(item))
-        examples.append(shelf.Example(inputs, first[item["answer"]], tuple(dict.fromkeys(first))))
-    return (shelf.ZeroTuning(heads="all").fit(bench.model, examples, progress=False),)
+    return (shelf.ZeroTuning(heads="all").fit(bench.model, tools.examples(bench), progress=False),)
 
 
 def control(bench: Bench, rules: Rules) -> Rules:
