@@ -113,13 +113,18 @@ def test_equals_hiding_the_keys(name: str, request: pytest.FixtureRequest) -> No
         assert off(found[:, rows], subject.run(model)[:, rows]) > 3 * RELATIVE
 
 
+LATE: Plan = ((1, (9, 11)), (2, (10,)))  # inside the windows of the first tokens that follow
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
-def test_decode_steps_after(name: str, request: pytest.FixtureRequest) -> None:
+def test_decode_steps_after(name: str, late: bool, request: pytest.FixtureRequest) -> None:
     """The scores of every step from the short cache are those of whole forwards, masked."""
     subject = make(name, request)
     model, plan, inputs = subject.eager(), plan_of(subject), dict(subject.inputs)
-    with ab.steer(subject.model, rule_of(subject)):
+    plan = LATE[: len(plan)] if late else plan
+    with ab.steer(subject.model, Drop(plan=plan, towers=subject.towers)):
         made = subject.model.generate(
             **inputs,
             max_new_tokens=5,
@@ -139,6 +144,26 @@ def test_decode_steps_after(name: str, request: pytest.FixtureRequest) -> None:
         lengths = [layer.keys.shape[-2] for layer in made.past_key_values.layers]
         gone = [sum(len(p) for layer, p in plan if layer <= n) for n in range(len(lengths))]
         assert lengths == [lengths[0] - count for count in gone]
+
+
+@torch.no_grad()
+def test_other_rules_find_their_keys_while_decoding(request: pytest.FixtureRequest) -> None:
+    """A bias on position 6, which stands at other slots of the short caches."""
+    from transformers import DynamicCache
+
+    subject = make("stories", request)
+    ids, model = subject.inputs["input_ids"], subject.eager()
+    shift = ab.rules.KeyShift(keys=[6], factor=30.0, heads="all")
+    with ab.steer(subject.model, rule_of(subject), shift):
+        cache = DynamicCache(config=subject.model.config)
+        parts = [subject.model(input_ids=ids[:, :9], past_key_values=cache).logits]
+        for step in range(9, 13):
+            step_ids = ids[:, step : step + 1]
+            parts.append(subject.model(input_ids=step_ids, past_key_values=cache).logits)
+    with hidden_keys(subject, model, PLAN, torch.arange(13).expand(2, -1)), ab.steer(model, shift):
+        wanted = subject.run(model)
+    rows = kept(13, PLAN)
+    assert off(torch.cat(parts, 1)[:, rows], wanted[:, rows]) < RELATIVE
 
 
 @torch.no_grad()
@@ -400,6 +425,17 @@ def test_refusals(what: str, message: str, request: pytest.FixtureRequest) -> No
         ab.steer(subject.model, Keeps(what=what)),
     ):
         subject.run()
+
+
+def test_gradient_checkpointing_is_refused(request: pytest.FixtureRequest) -> None:
+    subject = make("stories", request)
+    subject.model.gradient_checkpointing_enable()
+    subject.model.train()
+    with (
+        pytest.raises(Refused, match="under gradient checkpointing"),
+        ab.steer(subject.model, rule_of(subject)),
+    ):
+        subject.run(use_cache=False)
 
 
 def test_decoders_of_encoder_decoders_are_refused(request: pytest.FixtureRequest) -> None:
