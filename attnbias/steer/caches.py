@@ -58,6 +58,8 @@ def _shorter(inputs: dict[str, Any], length: int) -> dict[str, Any]:
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.shape[-1] == length:
             found[name] = value[..., :-1]
+        elif isinstance(value, Tensor) and name == "position_ids" and value.shape[-1] == 1:
+            found[name] = value - 1  # before 5.3 or so: that of the coming token alone
     return found
 
 
