@@ -116,6 +116,11 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         edited = door.flow.edit(parts, place, new)
         if place == "layer":
             door.flow.check_sum(parts, new)
+        if edited is not None and place == "layer" and _recorded_inside(module):
+            raise Refused(
+                f"{parts.site}: this version of transformers records hidden states before they are "
+                "edited: leave output_hidden_states out, or write pip install -U transformers."
+            )
         new = new if edited is None else edited
         if place == "layer":
             door.flow.inputs.pop(parts.site, None)
@@ -127,6 +132,12 @@ def _after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)([new, *output[1:]])
     return new
+
+
+def _recorded_inside(module: nn.Module) -> bool:
+    """Whether hidden states are recorded by a replaced forward, as in transformers 5.0."""
+    code = getattr(module.forward, "__code__", None)
+    return getattr(code, "co_name", "") == "wrapped_forward"
 
 
 @outside_graphs

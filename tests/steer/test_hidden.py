@@ -186,6 +186,30 @@ def test_recorded_states_are_the_edited_ones(kind: Kind) -> None:
 
 
 @torch.no_grad()
+def test_states_recorded_before_an_edit_are_refused() -> None:
+    """The oldest supported transformers records in a replaced forward, inside our hooks."""
+    model, inputs = built(KINDS[0])
+    layer: Any = model.get_submodule("model.layers.0")
+    stock = layer.forward
+    recorded = []
+
+    def wrapped_forward(*args: Any, **kwargs: Any) -> Any:
+        recorded.append(stock(*args, **kwargs))
+        return recorded[-1]
+
+    layer.forward = wrapped_forward
+    words = "records hidden states before they are edited"
+    rule = Turned(at="layer", amount=0.5, layers=(0,))
+    with pytest.raises(ab.Refused, match=words), ab.steer(model, rule):
+        out(model, inputs)
+    plain = out(model, inputs)
+    with ab.steer(model, Turned(at="mlp", amount=0.5, layers=(0,))):
+        found = out(model, inputs)  # inside the forward: what is recorded is edited
+    assert off(recorded[-1], recorded[-2]) > 1e-3
+    assert off(found, plain) > 1e-3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_collected_states_are_the_parts_of_a_layer(kind: Kind) -> None:
     """Input + attention + mlp is the layer; the down projection of the neurons is the MLP."""
