@@ -59,25 +59,44 @@ def of(value: Any, name: str) -> tuple[Direction, ...]:
     return tuple(found)
 
 
-def tensors(directions: Sequence[Direction]) -> dict[int, Tensor]:
-    """Directions by layer, ``(1 | tokens, size)``, float64."""
-    return {one.layer: torch.tensor(one.vectors, dtype=torch.float64) for one in directions}
+class Table:
+    """Directions as tensors, kept for each device and dtype that asked.
 
-
-def on(vectors: Tensor, hidden: Tensor, name: str, place: object) -> Tensor:
-    """A layer's direction ``(1 | tokens, size)`` for hidden states ``(batch, tokens, size)``.
-
-    Raises:
-        AttnbiasError: the model has another width or another number of tokens.
+    Args:
+        directions: one per layer. name: whose they are, for errors.
     """
-    tokens, size = vectors.shape
-    if size != hidden.shape[-1] or tokens not in (1, hidden.shape[1]):
-        want = f"({hidden.shape[1]} or 1, {hidden.shape[-1]})"
-        raise AttnbiasError(
-            f"{name} has directions of shape ({tokens}, {size}) for {place}, expected {want}."
-        )
-    kind = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
-    return vectors.to(hidden.device, kind)
+
+    def __init__(self, directions: Sequence[Direction], name: str) -> None:
+        self._name = name
+        self._given = {one.layer: one.vectors for one in directions}
+        self._made: dict[Any, Tensor] = {}
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._given
+
+    def at(self, layer: int, hidden: Tensor) -> Tensor:
+        """A layer's direction ``(1 | tokens, size)`` for hidden states ``(batch, tokens, size)``.
+
+        In float32, float64 for a float64 model.
+
+        Raises:
+            AttnbiasError: the model has another width or another number of tokens.
+        """
+        kind = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+        place = (layer, hidden.device, kind)
+        if place not in self._made:
+            with torch.inference_mode(False):  # it may be used under autograd later
+                made = torch.tensor(self._given[layer], dtype=kind, device=hidden.device)
+            self._made[place] = made
+        found = self._made[place]
+        tokens, size = found.shape
+        if size != hidden.shape[-1] or tokens not in (1, hidden.shape[1]):
+            want = f"({hidden.shape[1]} or 1, {hidden.shape[-1]})"
+            raise AttnbiasError(
+                f"{self._name} has directions of shape ({tokens}, {size}) for layer {layer}, "
+                f"expected {want}."
+            )
+        return found
 
 
 def principal(rows: Tensor, rank: int, align: bool) -> Tensor:

@@ -297,3 +297,15 @@ def test_each_token_needs_equal_lengths(request: pytest.FixtureRequest) -> None:
     pairs = [({"input_ids": ids[:1, n:]}, {"input_ids": ids[1:, n:]}) for n in range(3)]
     with pytest.raises(ab.AttnbiasError, match="the same length"):
         VTI().fit(subject.model, pairs, tokens="each", progress=False)
+
+
+def test_a_direction_kept_from_inference_serves_training() -> None:
+    subject = MAKERS["vit"]()
+    rule = VTI(directions={1: drawn(32, 1)}, strength=9.0)
+    with torch.inference_mode(), ab.steer(subject.model, rule):
+        wanted = subject.run()
+    with ab.steer(subject.model, rule):
+        found = subject.run()
+        found.square().mean().backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(found, wanted)
+    assert all(p.grad is not None for p in subject.model.get_submodule("vit.layers").parameters())

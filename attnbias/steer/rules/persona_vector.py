@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError, Refused
-from attnbias.steer.directions import Direction, finite, of, on, tensors
+from attnbias.steer.directions import Direction, Table, finite, of
 from attnbias.steer.hidden import HiddenCall
 from attnbias.steer.rule import Heads, Rule, is_number
 from attnbias.steer.scoring import bar
@@ -82,7 +82,7 @@ class PersonaVector(Rule):
             )
         if self.directions is not None:
             object.__setattr__(self, "directions", of(self.directions, "directions"))
-        object.__setattr__(self, "_vectors", tensors(self.directions or ()))
+        object.__setattr__(self, "_table", Table(self.directions or (), "PersonaVector"))
 
     def ready(self) -> None:
         if self.directions is None:
@@ -95,11 +95,15 @@ class PersonaVector(Rule):
         return super().named_layers() | {one.layer for one in self.directions or ()}
 
     def hidden(self, site: HiddenCall, hidden: Tensor) -> Tensor | None:
-        vectors: Tensor | None = getattr(self, "_vectors").get(site.layer)  # noqa: B009
+        table: Table = getattr(self, "_table")  # noqa: B009 - no field: recipes hold the numbers
         prompt = site.phase == "prefill"
-        if vectors is None or not self.strength or (self.tokens_at == "prompt" and not prompt):
+        if (
+            site.layer not in table
+            or not self.strength
+            or (self.tokens_at == "prompt" and not prompt)
+        ):
             return None
-        change = self.strength * on(vectors, hidden, "PersonaVector", site.site)
+        change = self.strength * table.at(site.layer, hidden)
         whole = hidden.to(change.dtype)
         if self.tokens_at != "response" or not prompt:
             return whole + change
@@ -173,7 +177,8 @@ class PersonaVector(Rule):
         return {layer: float(value) for layer, value in found.items()}
 
     def _projected(self, site: HiddenCall, hidden: Tensor) -> Tensor:
-        vector = on(getattr(self, "_vectors")[site.layer], hidden, "PersonaVector", site.site)[0]  # noqa: B009
+        table: Table = getattr(self, "_table")  # noqa: B009
+        vector = table.at(site.layer, hidden)[0]
         found: Tensor = hidden.to(vector.dtype) @ (vector / vector.norm())
         return found
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from attnbias.errors import AttnbiasError, Refused
-from attnbias.steer.directions import Direction, finite, of, on, principal, tensors
+from attnbias.steer.directions import Direction, Table, finite, of, principal
 from attnbias.steer.hidden import HiddenCall
 from attnbias.steer.rule import Heads, Rule, is_number
 from attnbias.steer.scoring import bar
@@ -80,7 +80,7 @@ class VTI(Rule):
             raise AttnbiasError(f"form must be 'turn' or 'add', got {self.form!r}.")
         if self.directions is not None:
             object.__setattr__(self, "directions", of(self.directions, "directions"))
-        object.__setattr__(self, "_vectors", tensors(self.directions or ()))
+        object.__setattr__(self, "_table", Table(self.directions or (), "VTI"))
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -97,10 +97,10 @@ class VTI(Rule):
         return super().named_layers() | {one.layer for one in self.directions or ()}
 
     def hidden(self, site: HiddenCall, hidden: Tensor) -> Tensor | None:
-        vectors: Tensor | None = getattr(self, "_vectors").get(site.layer)  # noqa: B009
-        if vectors is None or not self.strength:
+        table: Table = getattr(self, "_table")  # noqa: B009 - no field: recipes hold the numbers
+        if site.layer not in table or not self.strength:
             return None
-        direction = on(vectors, hidden, "VTI", site.site)
+        direction = table.at(site.layer, hidden)
         whole = hidden.to(direction.dtype)
         if self.form == "add":
             return whole + self.strength * direction
