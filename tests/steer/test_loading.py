@@ -330,3 +330,29 @@ def test_training_by_a_trainer(tmp_path: Path) -> None:
         learned.append(subject.model.model.layers[1].self_attn.q_proj.weight.detach())
     assert off(learned[0], learned[1]) < 1e-3
     assert off(learned[2], learned[1]) > 3e-3
+
+
+@pytest.mark.parametrize("name", VISION)
+@torch.no_grad()
+def test_images_into_models_that_are_offloaded_and_adapted(name: str, tmp_path: Path) -> None:
+    import accelerate
+    import peft
+
+    subject = MAKERS[name]()
+    plain = subject.run()
+    with ab.steer(subject.model, shift(subject)):
+        wanted = subject.run()
+    assert off(plain, wanted) > 30 * RELATIVE
+    if name != "gemma3":  # whose plain forward does not run offloaded
+        cpu, model = torch.device("cpu"), copy.deepcopy(subject.model)
+        accelerate.disk_offload(model, offload_dir=str(tmp_path / "weights"), execution_device=cpu)
+        with ab.steer(model, shift(subject)):
+            assert torch.equal(subject.run(model), wanted)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(subject.model, config).eval()
+    inner = model.get_base_model()
+    with ab.steer(model, shift(subject)):
+        found = subject.run(model)
+    with eagerly(inner, subject):
+        assert off(found, subject.run(model)) < RELATIVE
+    assert off(found, wanted) > 30 * RELATIVE
