@@ -581,4 +581,42 @@ DEFECTS: tuple[Defect, ...] = (
         "None,",
         ("tests/steer/test_focus_directions.py::test_the_direction_is_what_plain_gradients_give",),
     ),
+    # Loops that a rule drives
+    Defect(
+        "rows-share-their-spans",
+        "attnbias/steer/driver.py",
+        "one.spans = one.spans.row(row, batch)",
+        "pass",
+        ("tests/steer/test_loop.py::test_spans_per_row_and_rules_around",),
+    ),
+    Defect(
+        "generate-stays-replaced",
+        "attnbias/steer/gate.py",
+        'vars(root).pop("generate", None)',
+        "pass",
+        ("tests/steer/test_loop.py::test_only_one_rule_decides_how_to_decode",),
+    ),
+    Defect(
+        "look-back-of-sums",
+        "attnbias/steer/lookback.py",
+        "mean = found / sizes.clamp(min=1)[:, None]",
+        "mean = found",
+        (
+            "tests/steer/test_lookback_lens.py::test_even_attention_gives_one_half_whatever_the_lengths",
+        ),
+    ),
+    Defect(
+        "edit-left-after-its-chunk",
+        "attnbias/steer/rules/game.py",
+        'del loop.state["edit"]',
+        "pass",
+        ("tests/steer/test_game.py::test_decoding_is_that_of_a_plain_loop",),
+    ),
+    Defect(
+        "saliency-threshold-never-forgets",
+        "attnbias/steer/rules/sgrs.py",
+        "mean(history[-self.window :])",
+        "mean(history)",
+        ("tests/steer/test_sgrs.py::test_traces_by_hand",),
+    ),
 )

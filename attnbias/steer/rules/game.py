@@ -49,11 +49,12 @@ class GAME(Rule):
         Refused: steering without a detector.
 
     Source: after Gradient-guided Attention Map Editing: Towards Efficient Contextual Hallucination
-    Mitigation, 2025; abstract and the caption of the overview only. From there: chunks, the
-    look-back ratio, the threshold, one edit signal per head from a prior bias and the gradient, one
-    regeneration. Chosen here: a logistic F on means of v, the edit as an additive bias on the
-    context's scores (the rows stay distributions), the scale of the gradient, one prior for all
-    heads, 0 by default, chunk 8 (that of the look-back work), threshold 0.5, step 0.1, clip 0.01.
+    Mitigation, 2025 (arXiv 2503.08963); abstract and the caption of the overview only. From there:
+    chunks, the look-back ratio, the threshold, one edit signal per head from a prior bias and the
+    gradient, one regeneration. Chosen here: a logistic F on means of v, the edit as an additive
+    bias on the context's scores (the rows stay distributions), the scale of the gradient, one prior
+    for all heads, 0 by default, chunk 8 (that of the look-back work), threshold 0.5, step 0.1, clip
+    0.01.
     """
 
     heads: Heads

@@ -60,9 +60,9 @@ class SGRS(Rule):
     Raises:
         Refused: under ``torch.inference_mode``, or a cache other than the default one.
 
-    Source: Hallucination Begins Where Saliency Drops, 2026; authors' code read. The row that
-    predicts, ``"predicting"``, is ours: the published row has no gradient. The token is drawn from
-    the scores after the call's logits processors; the public code has none.
+    Source: Hallucination Begins Where Saliency Drops, 2026 (arXiv 2601.20279); authors' code read.
+    The row that predicts, ``"predicting"``, is ours: the published row has no gradient. The token
+    is drawn from the scores after the call's logits processors; the public code has none.
     """
 
     heads: Heads = "all"
