@@ -23,6 +23,8 @@ PATHS = {
     "dinov2": ("dinov2.encoder.layer", "mlp.fc2"),
     "clip vision": ("encoder.layers", "mlp.fc2"),
     "llava": ("model.vision_tower.encoder.layers", "mlp.fc2"),
+    "swiglu": ("encoder.layer", "mlp.down_proj"),
+    "siglip": ("encoder.layers", "mlp.fc2"),
 }
 
 
@@ -131,6 +133,33 @@ def test_every_form_is_its_equation(peak: Any, rest: Any) -> None:
             wanted = subject.run(model)
         assert off(found, wanted) < RELATIVE
         assert off(found, subject.run()) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "prefix", "tokens"), [("swiglu", 1, 17), ("siglip", 0, 16)])
+def test_gated_units_and_towers_without_cls(name: str, prefix: int, tokens: int) -> None:
+    """The hidden units of a gated MLP are the products that its down projection reads."""
+    import transformers
+
+    fields = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    fields |= {"image_size": 16, "patch_size": 4}
+    if name == "swiglu":
+        config: Any = transformers.Dinov2Config(**fields, mlp_ratio=2, use_swiglu_ffn=True)
+        made: Any = transformers.Dinov2Model(config)
+    else:
+        config = transformers.SiglipVisionConfig(**fields, intermediate_size=48)
+        made = transformers.SiglipVisionModel(config)
+    model = redraw(made).eval()
+    subject = Subject(name, model, {"pixel_values": pixels()})
+    rule = Registers(neurons=NEURONS, scale=20.0, prefix=prefix, num_registers=2)
+    with ab.steer(model, rule):
+        found = subject.run()
+    other = subject.eager()
+    with by_hooks(other, name, rule, tokens):
+        wanted = subject.run(other)
+    assert found.shape[1] == tokens
+    assert off(found, wanted) < RELATIVE
+    assert off(found, subject.run()) > 1e-3
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class PersonaVector(Rule):
     Args:
         directions: `Direction` records, or ``{layer: vector}``; None until `fit` has found them.
         strength: a; positive brings the trait out, negative suppresses it, 0 changes nothing.
-            In units of the difference itself. No single published value: 0.5 to 2.5 are swept.
+            In units of the difference itself; there is no single published value.
         tokens: ``"response"``: the prompt's last token and what follows it; ``"all"``;
             ``"prompt"``: the tokens of a prefill only.
         layers: where to steer. Published: one layer, the one that steers best; type it.
