@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -77,8 +78,10 @@ def chosen(model: Any, processor: Any, prompt: Any, item: Item, new_tokens: int)
     right = found[item["answer"]]
     others = [value for n, value in enumerate(found) if n != item["answer"]]
     best = max(range(len(found)), key=found.__getitem__)
-    margin = right - max(others) if others else 0.0
-    scores = {"accuracy": float(best == item["answer"]), "margin": margin}
+    # Some rules hide tokens: what is hidden is never right, and has no margin.
+    scores = {"accuracy": float(best == item["answer"] and math.isfinite(right))}
+    if others and math.isfinite(right) and math.isfinite(max(others)):
+        scores["margin"] = right - max(others)
     return scores, str(item["choices"][best])
 
 
@@ -136,8 +139,17 @@ def write(model: Any, processor: Any, prompt: Any, new_tokens: int) -> str:
 
 
 def continuation(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that goes on from another."""
-    ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """The tokens of a text that goes on from another.
+
+    Tokenizers differ in what they make of a space at the start of a text, so it is read after a
+    letter; where letter and text melt into one token, by itself.
+    """
+    before: list[int] = tokenizer("x", add_special_tokens=False)["input_ids"]
+    ids: Sequence[int] = tokenizer("x" + text, add_special_tokens=False)["input_ids"]
+    if list(ids[: len(before)]) == before and len(ids) > len(before):
+        ids = ids[len(before) :]
+    else:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise AttnbiasError(f"the choice {text!r} has no token")
     return list(ids)

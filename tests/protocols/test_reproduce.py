@@ -76,9 +76,9 @@ def test_three_arms_are_what_the_library_gives(
         for name, rules in arms.items():
             totals = []
             for choice in item["choices"]:
-                ids = tokenizer(choice, add_special_tokens=False, return_tensors="pt").input_ids
+                whole = tokenizer(item["question"] + choice, return_tensors="pt").input_ids
+                ids = whole[:, prompt.shape[1] :]
                 with torch.no_grad():
-                    whole = torch.cat([prompt, ids], 1)
                     if rules:
                         with ab.steer(model, *rules):
                             logits = model(whole).logits
