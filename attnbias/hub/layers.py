@@ -87,10 +87,8 @@ class Parts:
 def layers(model: nn.Module) -> dict[Site, Parts]:
     """The modules of every layer that attends to itself, by site.
 
-    A layer is the nearest element of a list of modules that holds the attention module.
-
-    Raises:
-        Refused: an attention module that is in no list of layers.
+    A layer is the nearest element of a list of modules that holds the attention module. A site in
+    no such list (a pooling head) is left out.
     """
     root = unwrap(model)
     modules = dict(root.named_modules())
@@ -104,10 +102,7 @@ def layers(model: nn.Module) -> dict[Site, Parts]:
             if isinstance(modules[".".join(path[: length - 1])], nn.ModuleList):
                 break
         else:
-            raise Refused(
-                f"{type(root).__name__}: {entry.site} is in no list of layers, so its hidden states"
-                " cannot be found."
-            )
+            continue
         layer = modules[".".join(path[:length])]
         outer = modules.get(".".join(path[: max(length - 3, 0)]))
         if isinstance(outer, nn.ModuleList) and _mlp(layer)[0] is None:

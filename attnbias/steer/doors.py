@@ -178,6 +178,16 @@ def streaming(session: Session, editing: Editing) -> Iterator[None]:
                 "decoder: write towers=('decoder',)."
             )
     flow: Flow = session.flow if session.flow is not None else Flow(session)
+    for rule in wanted:
+        for site in session.sites:
+            acts = any(rule.acts_in(site.tower, site.layer, p) for p in ("prefill", "decode"))
+            if site.kind == "cross" or site in flow.parts or not acts:
+                continue
+            if rule.layers != "all" or site.tower not in flow.first:
+                raise Refused(
+                    f"{site} ({site.name}) is in no list of layers, so {type(rule).__name__} finds "
+                    "no hidden states there."
+                )
     keys: list[int] = []
     try:
         session.flow = editing.flow = flow

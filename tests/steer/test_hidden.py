@@ -519,6 +519,29 @@ def test_towers_with_positions_in_their_attention_take_no_token(
 
 
 @torch.no_grad()
+def test_attention_outside_of_any_list_is_no_layer() -> None:
+    """A pooling head is left alone; a tower without a list of layers is refused by name."""
+    model, inputs = built(KINDS[10])
+    vit: Any = model
+    plain = out(model, inputs)
+    wanted = []
+    for pooled in (False, True):
+        if pooled:  # one more attention module, which no forward calls
+            vit.head = copy.deepcopy(vit.layers[0].attention)
+        with ab.steer(model, Turned(at="layer", amount=0.5)):
+            wanted.append(out(model, inputs))
+    assert torch.equal(*wanted)
+    assert off(wanted[0], plain) > 1e-3
+    rule = Turned(at="layer", amount=0.5, layers=(2,))
+    with pytest.raises(ab.Refused, match=r"head\) is in no list"), ab.steer(model, rule):
+        pass
+    vit.layers = nn.Sequential(*vit.layers)
+    rule = Turned(at="layer", amount=0.5)
+    with pytest.raises(ab.Refused, match="is in no list of layers"), ab.steer(model, rule):
+        pass
+
+
+@torch.no_grad()
 def test_a_layer_that_is_no_sum_is_refused() -> None:
     """A class that scales what a sub-block adds: known by its names only, and caught."""
     from transformers import GraniteConfig, GraniteForCausalLM
