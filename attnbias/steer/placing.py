@@ -13,6 +13,7 @@ from attnbias.bias import Bias, Bucketed, Dense, KeyBias, Relative, Sum, add
 if TYPE_CHECKING:
     from attnbias.steer.site import SiteCall
 
+CLASSES = 64  # of keys, up to which a table is looked at by class
 ROWS = 256  # queries whose visibility is looked at together
 
 
@@ -136,6 +137,8 @@ def reach(edit: Bias, own: Bias | None, shape: tuple[int, int, int, int]) -> Ten
     for term in edit.terms():
         if isinstance(term, KeyBias):
             found = _reach_keys(term.weight != 0, own, shape)
+        elif isinstance(term, Bucketed) and term.table.shape[-1] <= CLASSES:
+            found = _reach_classes(term, own, shape)
         else:
             found = _reach_any(term, own, shape, _candidates(term, shape[2]))
         touched = touched.to(found.device) | found
@@ -171,6 +174,32 @@ def _candidates(edit: Bias, queries: int) -> range:
     rows = edit.rows.long().expand(*size, -1)
     moved = lines.expand(*size, -1).gather(2, rows).flatten(0, 1).any(0).nonzero()
     return range(int(moved[0]), int(moved[-1]) + 1) if len(moved) else range(0)
+
+
+def _reach_classes(edit: Bucketed, own: Bias | None, shape: tuple[int, int, int, int]) -> Tensor:
+    """For a table of few classes of keys: which classes each query sees, one product for all."""
+    lines = edit.table != 0  # (b, h, classes of queries, classes)
+    if edit.rows is not None:
+        size = [max(a, b) for a, b in zip(lines.shape[:2], edit.rows.shape[:2], strict=True)]
+        index = edit.rows.long()[..., None].expand(*size, -1, lines.shape[-1])
+        lines = lines.expand(*size, -1, -1).gather(2, index)
+    places = lines.any(-1).flatten(0, 1).any(0).nonzero()
+    if not len(places):
+        return lines.new_zeros(1, 1, 1)
+    first, last = int(places[0]), int(places[-1]) + 1
+    kinds = torch.nn.functional.one_hot(edit.cols.long(), lines.shape[-1]).float()
+    masks = _masks(own)
+    parts = []
+    for start in range(first, last, ROWS):
+        rows = slice(start, min(start + ROWS, last))
+        if masks is None:
+            seen = kinds.sum(2, keepdim=True) > 0
+        else:
+            block = _seen(masks, rows, slice(0, shape[3])).to(kinds.device)
+            block = block.expand(*block.shape[:2], rows.stop - rows.start, shape[3])
+            seen = block.float() @ kinds > 0
+        parts.append((lines[:, :, rows] & seen).any(-1))
+    return torch.nn.functional.pad(torch.cat(parts, -1), (first, shape[2] - last))
 
 
 def _reach_any(

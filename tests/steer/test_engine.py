@@ -468,9 +468,18 @@ def test_the_general_fallback_keeps_gradients() -> None:
 
 
 @pytest.mark.parametrize("own", ["none", "causal", "padding", "segments", "heads", "float"])
-@pytest.mark.parametrize("name", ["key", "key for all", "bucketed", "dense"])
-def test_reach_is_what_the_dense_matrices_say(own: str, name: str) -> None:
-    edit = BIASES[name]()
+@pytest.mark.parametrize("name", ["key", "key for all", "bucketed", "few rows", "dense"])
+@pytest.mark.parametrize("classes", [0, 64])
+def test_reach_is_what_the_dense_matrices_say(
+    own: str, name: str, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnbias.steer.placing.CLASSES", classes)
+    edit = BIASES[name if name != "few rows" else "dense"]()
+    if name == "few rows":  # one query of each row, one key of each row
+        table = torch.zeros(2, 3, 2, 6)
+        table[0, 1, 1, 4], table[1, 2, 1, 0], table[1, 0, 1, 5] = 1.0, -torch.inf, 2.0
+        rows = (torch.arange(5) == torch.tensor([[4], [2]])).long()[:, None]
+        edit = ab.Bucketed(table, rows, torch.arange(6)[None, None])
     if name == "key":
         edit = KeyBias(edit.weight * (torch.rand(1, 3, 6) < 0.3))
     if name == "dense":
