@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
+from tests.hub.processors import picture, processor
+from tests.hub.test_images import subject
 
-PAGES = ["README.md", "docs/quickstart.md", "docs/hub.md", "docs/observe.md", "docs/steer.md"]
+PAGES = ["README.md"]
+PAGES += [f"docs/{name}.md" for name in ("quickstart", "hub", "observe", "steer", "writing_rules")]
 
 
 def blocks(page: str) -> list[str]:
@@ -36,8 +39,11 @@ def test_python_blocks_run(
     import attnbias as ab
 
     names: dict[str, Any] = {
-        "ab": ab, "model": model, "inputs": dict(inputs), "path": minilm, "torch": torch
+        "ab": ab, "model": model, "inputs": dict(inputs), "path": minilm, "torch": torch,
+        "tokenizer": tokenizer, "processor": processor("llava"), "vlm": subject("llava").model,
     }  # fmt: skip
+    names["vlm"].generation_config.max_new_tokens = 4
+    picture().save(tmp_path / "cat.png")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert blocks(page)
     for block in blocks(page):
