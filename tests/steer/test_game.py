@@ -192,7 +192,7 @@ def test_decoding_is_that_of_a_plain_loop(subject: Subject) -> None:
     plain = subject.model.generate(input_ids=ids, **OPTIONS)
     seen = set()
     for seed in range(6):
-        rule = game(subject, seed=seed, step=0.35)
+        rule = game(subject, seed=seed, step=1.0)
         assert rule.detector is not None
         # a threshold in the middle of what is found, so that both kinds of chunks come
         rule = replace(rule, detector=replace(rule.detector, intercept=-_middle(rule, subject)))
