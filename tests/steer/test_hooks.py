@@ -340,22 +340,16 @@ def added(heads: list[int], one: bool = False) -> Change:
 def test_extra_keys_beside_biases_and_new_shares(subject: Subject) -> None:
     """A bias does not shift them, and a reallocation leaves them their share."""
     rules = (
-        Explicit(heads=[0, 1, 2, 3], **where(subject)),
+        Explicit(heads=[1, 3], **where(subject)),
         KeyShift(keys=[2], amount=1.5, heads=[1, 2], **where(subject)),
         SetShare(keys=[2, 4], share=0.6, heads=[2, 3], **where(subject)),
     )
-    if subject.name == "minilm":  # twelve heads
-        rules = (Explicit(heads=list(range(12)), **where(subject)), *rules[1:])
-    if subject.name == "stories":
-        rules = (Explicit(heads=list(range(8)), **where(subject)), *rules[1:])
     with ab.steer(subject.model, *rules):
         found = subject.run()
 
     def change(call: Parts) -> None:
         count, keys = call.query.shape[1], call.key.shape[2]
-        call.extra_key, call.extra_value = extras(
-            range(count), 2, call.query.shape[-1], call.value.shape[-1]
-        )
+        added([1, 3])(call)
         bias = torch.zeros(1, count, 1, keys, dtype=torch.double)
         bias[:, [1, 2], :, 2] = 1.5
         chosen = torch.zeros(keys, dtype=torch.bool)
