@@ -178,4 +178,5 @@ EXPERIMENT = Experiment(
     ),
     control="The same strengths on as many image tokens that the vision tower does not point at.",
     measure=measure,
+    seeds=(0, 1, 2),
 )

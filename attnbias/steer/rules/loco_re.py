@@ -36,7 +36,7 @@ class LocoRE(Rule):
     Raises:
         AttnbiasError: a gain below 0, a window that is no whole number above 0.
 
-    Source: Hallucination Begins Where Saliency Drops (LVLMs-Saliency: SGRS and LocoRE), 2026;
+    Source: Hallucination Begins Where Saliency Drops (SGRS and LocoRE), 2026 (arXiv 2601.20279);
     authors' code read, but the class that it calls for LocoRE is missing there. Chosen here: the
     window, that the query's own token is not counted ("its most recent predecessors"), and that
     rows are normalised again, as a public port for Qwen2.5-VL does.
