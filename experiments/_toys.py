@@ -72,6 +72,7 @@ def _prompts(prior: Tensor, rows: int, generator: torch.Generator, known: float)
 
 
 @lru_cache(maxsize=8)
+@torch.enable_grad()
 def conflict(seed: int, trust: float = 0.45, steps: int = 400) -> Conflict:
     """Train a `Conflict` decoder: a few seconds on one thread."""
     from transformers import LlamaConfig, LlamaForCausalLM

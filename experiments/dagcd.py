@@ -40,7 +40,8 @@ class Drawn(Rule):
         assert step.tokens is not None
         token = step.tokens.gather(1, place[:, None])
         added = self.rule.strength * entropy[:, None]
-        return (plain.scatter_add(1, token, added) / (1 + added)).log()
+        new: Tensor = plain.scatter_add(1, token, added) / (1 + added)
+        return new.log()
 
 
 def measure(seed: int) -> Mapping[str, float]:

@@ -17,10 +17,15 @@ from attnbias.steer import Branch, Rule, SiteCall, Step
 from attnbias.steer.rule import Heads
 from tests.cases.rule import padded
 from tests.steer.answering import answering, last_scores, without
-from tests.steer.models import Subject, make, minilm, stories
+from tests.steer.models import make, minilm, stories
 
 TEXT = (3, 6)
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 6,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,8 @@ class Guide(Rule):
 
     def logits(self, step: Step) -> Tensor | None:
         if self.answer is not None:
-            return self.answer(step)
+            found: Tensor = self.answer(step)
+            return found
         return 2 * step.logits - step.branch("bare").logits
 
 
@@ -64,7 +70,7 @@ class Watch(Rule):
 
 
 @pytest.fixture
-def decoder(request: pytest.FixtureRequest) -> Subject:
+def decoder(request: pytest.FixtureRequest) -> Any:
     return stories(request.getfixturevalue("stories"))
 
 
@@ -84,13 +90,15 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("sample", [False, True])
-def test_generate_with_every_cache_sampled_or_not(
-    decoder: Subject, cache: str, sample: bool
-) -> None:
+def test_generate_with_every_cache_sampled_or_not(decoder: Any, cache: str, sample: bool) -> None:
     """Left padding, two sequences per prompt: the same tokens as without any cache or padding."""
     inputs, _, _ = padded(decoder, "left")
     inputs.pop("position_ids")
-    options = {**GREEDY, "do_sample": sample, "num_return_sequences": 2 if sample else 1}
+    options: dict[str, Any] = {
+        **GREEDY,
+        "do_sample": sample,
+        "num_return_sequences": 2 if sample else 1,
+    }
     other = decoder.eager()
     torch.manual_seed(0)
     with guided(other):
@@ -105,7 +113,7 @@ def test_generate_with_every_cache_sampled_or_not(
 
 
 @torch.no_grad()
-def test_spans_of_each_row_and_prompts_of_other_lengths(decoder: Subject) -> None:
+def test_spans_of_each_row_and_prompts_of_other_lengths(decoder: Any) -> None:
     """Rows lose different numbers of tokens."""
     ids = decoder.inputs["input_ids"]
     spans = [(1, 3), (4, 9)]
@@ -124,7 +132,7 @@ def test_spans_of_each_row_and_prompts_of_other_lengths(decoder: Subject) -> Non
 
 
 @torch.no_grad()
-def test_only_the_last_score_is_touched_wherever_it_stands(decoder: Subject) -> None:
+def test_only_the_last_score_is_touched_wherever_it_stands(decoder: Any) -> None:
     ids = decoder.inputs["input_ids"]
     plain = decoder.run()
     with ab.steer(decoder.model, Guide(), spans={"text": TEXT}):
@@ -139,7 +147,7 @@ def test_only_the_last_score_is_touched_wherever_it_stands(decoder: Subject) -> 
 
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", ["its own", "shared"])
-def test_chunks_steps_and_a_cropped_cache(decoder: Subject, prompt: str) -> None:
+def test_chunks_steps_and_a_cropped_cache(decoder: Any, prompt: str) -> None:
     """What one pass gives: a prompt in chunks, and steps after the cache was taken back."""
     from transformers import DynamicCache
 
@@ -165,7 +173,7 @@ def test_chunks_steps_and_a_cropped_cache(decoder: Subject, prompt: str) -> None
 
 
 @torch.no_grad()
-def test_a_shared_prompt_is_the_prompt_run_again(decoder: Subject) -> None:
+def test_a_shared_prompt_is_the_prompt_run_again(decoder: Any) -> None:
     """Blocked heads act from the prompt's last token on, whichever way the branch got there."""
     ids = decoder.inputs["input_ids"]
     blocked = ab.rules.BlockHeads(heads=((1, 0), (2, 1), (3, 3)))
@@ -182,9 +190,9 @@ def test_a_shared_prompt_is_the_prompt_run_again(decoder: Subject) -> None:
 
 
 @torch.no_grad()
-def test_other_rules_act_in_the_branch_on_its_own_positions(decoder: Subject) -> None:
+def test_other_rules_act_in_the_branch_on_its_own_positions(decoder: Any) -> None:
     ids = decoder.inputs["input_ids"]
-    shift = ab.rules.KeyShift(keys=["tail"], factor=5.0, heads="all")
+    shift = ab.rules.KeyShift(keys=("tail",), factor=5.0, heads="all")
     spans = {"text": TEXT, "tail": (7, 9)}
     with ab.steer(decoder.model, shift, spans=spans):
         main = decoder.run()[:, -1]
@@ -200,7 +208,7 @@ def test_other_rules_act_in_the_branch_on_its_own_positions(decoder: Subject) ->
 
 
 @torch.no_grad()
-def test_a_rule_looks_in_its_branch(decoder: Subject) -> None:
+def test_a_rule_looks_in_its_branch(decoder: Any) -> None:
     seen: list[Any] = []
 
     def see(step: Step, lane: Any) -> None:
@@ -227,7 +235,7 @@ def test_a_rule_looks_in_its_branch(decoder: Subject) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
 def test_images_left_out_with_their_pixels(name: str, request: pytest.FixtureRequest) -> None:
-    subject = make(name, request)
+    subject: Any = make(name, request)
     given = dict(subject.inputs)
     ids = given.pop("input_ids")
     cut = torch.cat([ids[:, :2], ids[:, 6:]], 1)
@@ -255,7 +263,7 @@ def test_images_left_out_with_their_pixels(name: str, request: pytest.FixtureReq
 
 @torch.no_grad()
 def test_some_of_several_images_cannot_be_left_out(request: pytest.FixtureRequest) -> None:
-    subject = make("llava", request)
+    subject: Any = make("llava", request)
     rule = Guide(without=("image",), towers=("text",))
     with (
         pytest.raises(Refused, match="leave out all or none"),
@@ -265,7 +273,7 @@ def test_some_of_several_images_cannot_be_left_out(request: pytest.FixtureReques
 
 
 @torch.no_grad()
-def test_beams_and_other_ways_of_decoding_are_refused(decoder: Subject) -> None:
+def test_beams_and_other_ways_of_decoding_are_refused(decoder: Any) -> None:
     ids = decoder.inputs["input_ids"]
     with ab.steer(decoder.model, Guide(), spans={"text": TEXT}):
         with pytest.raises(Refused, match="num_beams"):
@@ -288,7 +296,7 @@ def detector() -> Rule:
 
 
 @torch.no_grad()
-def test_a_cache_from_before_is_refused_where_a_branch_is_asked_for(decoder: Subject) -> None:
+def test_a_cache_from_before_is_refused_where_a_branch_is_asked_for(decoder: Any) -> None:
     ids = decoder.inputs["input_ids"]
     cache = decoder.model(ids, use_cache=True).past_key_values
     with (
@@ -299,7 +307,7 @@ def test_a_cache_from_before_is_refused_where_a_branch_is_asked_for(decoder: Sub
 
 
 @torch.no_grad()
-def test_several_sequences_at_once_and_copies_of_a_cache(decoder: Subject) -> None:
+def test_several_sequences_at_once_and_copies_of_a_cache(decoder: Any) -> None:
     """Each cache has its own branch; the caller's caches are left clean."""
     ids = decoder.inputs["input_ids"]
     one, two = ids[:1], ids[1:]
@@ -318,7 +326,7 @@ def test_several_sequences_at_once_and_copies_of_a_cache(decoder: Subject) -> No
 
 
 @torch.no_grad()
-def test_what_goes_wrong_in_a_branch_leaves_the_model_as_it_was(decoder: Subject) -> None:
+def test_what_goes_wrong_in_a_branch_leaves_the_model_as_it_was(decoder: Any) -> None:
     plain = decoder.run()
     layer = decoder.model.model.layers[2]
     calls = []
@@ -341,7 +349,7 @@ def test_what_goes_wrong_in_a_branch_leaves_the_model_as_it_was(decoder: Subject
 
 
 @torch.no_grad()
-def test_refusals_in_one_sentence(decoder: Subject, request: pytest.FixtureRequest) -> None:
+def test_refusals_in_one_sentence(decoder: Any, request: pytest.FixtureRequest) -> None:
     spans = {"text": TEXT, "all": (0, 13), "open": (3, None)}
     cases: list[tuple[Rule, type[Exception], str]] = [
         (Guide(without=("all",)), Refused, "leaves out every token"),
@@ -363,7 +371,7 @@ def test_refusals_in_one_sentence(decoder: Subject, request: pytest.FixtureReque
 
 
 @torch.no_grad()
-def test_bfloat16(decoder: Subject) -> None:
+def test_bfloat16(decoder: Any) -> None:
     model = decoder.model.to(torch.bfloat16)
     ids = decoder.inputs["input_ids"]
     with ab.steer(model, Guide(), spans={"text": TEXT}):
@@ -375,7 +383,7 @@ def test_bfloat16(decoder: Subject) -> None:
 
 
 @torch.no_grad()
-def test_peft(decoder: Subject) -> None:
+def test_peft(decoder: Any) -> None:
     """The adapter's generate goes to the model inside: the branch follows it there."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
