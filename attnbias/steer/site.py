@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from attnbias.bias import Bias, Segments
+from attnbias.bias import Segments
 from attnbias.errors import Refused
-from attnbias.steer.placing import take
+from attnbias.steer import reading
 from attnbias.steer.shares import on_heads, repeat
 from attnbias.steer.spans import FIRST, Keys, Spans
 
 if TYPE_CHECKING:
     from attnbias.hub import Site
-    from attnbias.observe.scene import Scene
     from attnbias.steer.branch import Lane
     from attnbias.steer.engine import Edit, Memory
 
@@ -172,7 +170,8 @@ class SiteCall:
             ``(batch, heads, rows, keys)`` in `dtype`, -inf where the model hides the key. Memory
             is that of the result: ask for few rows.
         """
-        return self._scores(rows, [] if self._call.bias is None else [self._call.bias])
+        own = self._call.bias
+        return reading.scores(self._edit, self.heads, rows, [] if own is None else [own])
 
     def attention(self, rows: Tensor | slice | None = None) -> Tensor:
         """The share of each key under the edits so far, ``(batch, heads, rows, keys)``.
@@ -180,20 +179,7 @@ class SiteCall:
         A row sums to 1, less the share of a sink logit or of added keys; a row that sees no key is
         zero. `rows` as in `scores`.
         """
-        total = self._edit.total
-        parts = [bias for bias in (self._call.bias, total) if bias is not None]
-        scores = self._scores(rows, parts)
-        rest = []
-        sink = self._call.sink
-        if sink is not None:
-            own = sink[list(self.heads)].to(scores.dtype)[None, :, None, None]
-            rest.append(own.expand(*scores.shape[:3], 1))
-        for extra in self._edit.extras:
-            rest.append(self._rows(extra.scores(self._edit.query, self.heads, self.scale), rows))
-        whole = torch.cat([scores, *rest], -1)
-        blind = (whole == -torch.inf).all(-1, keepdim=True)
-        found = torch.where(blind, 0.0, whole).softmax(-1).masked_fill(blind, 0.0)
-        return found[..., : scores.shape[-1]]
+        return reading.attention(self._edit, self.heads, rows)
 
     def masses(self, groups: Tensor, count: int) -> Tensor:
         """The share of each group of keys in every query's row under the edits so far.
@@ -230,60 +216,14 @@ class SiteCall:
         from attnbias.observe.statistics import Received
 
         with torch.no_grad():
-            return measure(self._scene, [Received()], fused=self.shape[2] >= 16)[0][..., 0]
+            return measure(
+                reading.scene(self._edit, self.heads), [Received()], fused=self.shape[2] >= 16
+            )[0][..., 0]
 
     def seen_by(self) -> Tensor:
         """How many real queries of this call see each key: ``(batch, 1 | heads, keys)``."""
         with torch.no_grad():
-            return self._scene.visible
-
-    @property
-    def _scene(self) -> Scene:
-        from attnbias.observe.scene import Scene
-
-        edit, call = self._edit, self._call
-        if edit.extras:
-            raise Refused(f"{self.site} sees keys that a rule adds, which statistics cannot show.")
-        total, heads = edit.shape[1], list(self.heads)
-        query, key, value = on_heads(edit, heads)
-        view: Any = SimpleNamespace(
-            site=self.site,
-            query=query,
-            key=key,
-            value=value,
-            scale=call.scale,
-            sink=None if call.sink is None else call.sink[heads],
-            bias=None if call.bias is None else take(call.bias, heads, total),
-            query_positions=self.query_positions,
-            key_positions=self.key_positions,
-        )
-        extra = edit.total
-        return Scene(view, None if extra is None else take(extra, heads, total))
-
-    def _scores(self, rows: Tensor | slice | None, biases: list[Bias]) -> Tensor:
-        query = self._rows(self.query, rows).to(self.dtype)
-        scores = query @ self.key.to(self.dtype).mT * self.scale
-        for bias in biases:
-            scores = scores + self._entries(take(bias, self.heads, self._edit.shape[1]), rows)
-        return scores
-
-    def _rows(self, tensor: Tensor, rows: Tensor | slice | None) -> Tensor:
-        """Chosen queries of ``(batch, heads, queries, size)``."""
-        if not isinstance(rows, Tensor):
-            return tensor[:, :, slice(None) if rows is None else rows]
-        index = rows[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-        return tensor.gather(2, index)
-
-    def _entries(self, bias: Bias, rows: Tensor | slice | None) -> Tensor:
-        every = slice(None)
-        if not isinstance(rows, Tensor):
-            return bias[every, every, every if rows is None else rows, every].dense().to(self.dtype)
-        parts = []
-        for number, chosen in enumerate(rows.tolist()):
-            own = slice(number, number + 1) if bias.batch > 1 else every
-            lines = [bias[own, every, row : row + 1, every].dense() for row in chosen]
-            parts.append(torch.cat(lines, 2))
-        return torch.cat(parts).to(self.dtype)
+            return reading.scene(self._edit, self.heads).visible
 
     # What is kept ---------------------------------------------------------------------------------
 

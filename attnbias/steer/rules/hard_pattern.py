@@ -74,6 +74,8 @@ class HardPattern(Rule):
         if sink is not None:
             own = sink.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
             whole = torch.cat([scores, own], -1)
+        # A row of padding sees nothing: any numbers without NaN do, also in its gradient.
+        whole = torch.where((whole == -torch.inf).all(-1, keepdim=True), 0.0, whole)
         share = scores - whole.logsumexp(-1, keepdim=True)  # log of the row as it is
         even = -count.clamp(min=1).log().to(scores.dtype)
         if self.strength < 1:
