@@ -172,11 +172,13 @@ def _maps(model: Any, rule: Any, one: Any, looked: list[float]) -> Iterator[None
 def test_the_direction_is_what_plain_gradients_give(request: pytest.FixtureRequest) -> None:
     """The same search written down for one head, on a model with sinks and a window."""
     model = make("gpt_oss", request).model
+    with torch.no_grad():
+        model.model.layers[0].self_attn.sinks += 2  # a share that shows
     given = [
         ab.rules.FocusExample({"input_ids": row[None]}, relevant=(8, 10), response=(11, 13))
         for row in tokens(2, 13, seed=5)
     ]
-    rule = ab.rules.FocusDirections(heads={0: [2]}).fit(
+    rule = ab.rules.FocusDirections(heads={0: [1]}).fit(
         model, given, epochs=3, rate=0.01, seed=4, progress=False
     )
     from attnbias.hub import attach
@@ -187,7 +189,7 @@ def test_the_direction_is_what_plain_gradients_give(request: pytest.FixtureReque
     def look(call: Any, extra: Any, output: Tensor) -> None:
         if call.site.layer == 0:
             rest = torch.where(call.bias.dense() < 0, -torch.inf, 0.0)[0, 0, 11:13]
-            kept.append((call.query[0, 2, 11:13], call.key[0, 1], rest, call.sink[2], call.scale))
+            kept.append((call.query[0, 1, 11:13], call.key[0, 0], rest, call.sink[1], call.scale))
 
     with torch.no_grad(), attach(model, Watch(look)):
         for one in given:
@@ -203,7 +205,7 @@ def test_the_direction_is_what_plain_gradients_give(request: pytest.FixtureReque
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    assert rule.heads == ((0, 2),)
+    assert rule.heads == ((0, 1),)
     assert rule.directions[0] == pytest.approx(direction.tolist(), abs=1e-5)
 
 
