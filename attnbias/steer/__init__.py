@@ -9,13 +9,16 @@ from attnbias.steer.context import steer
 from attnbias.steer.hidden import HiddenCall, TokenCall
 from attnbias.steer.hooks import Tokens, Vectors
 from attnbias.steer.loop import Candidate, Loop
+from attnbias.steer.masses import masses
 from attnbias.steer.recipe import Recipe
 from attnbias.steer.rule import Rule
 from attnbias.steer.site import SiteCall
 from attnbias.steer.spans import Range
 from attnbias.steer.step import Step
+from attnbias.steer.wiring import BlockCall, Wired
 
 __all__ = [
+    "BlockCall",
     "Branch",
     "Candidate",
     "HiddenCall",
@@ -29,6 +32,8 @@ __all__ = [
     "TokenCall",
     "Tokens",
     "Vectors",
+    "Wired",
+    "masses",
     "rules",
     "steer",
 ]

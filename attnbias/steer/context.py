@@ -17,6 +17,7 @@ from attnbias.steer.spans import Spans
 if TYPE_CHECKING:
     from attnbias.hub import Call, Site
     from attnbias.hub.prompt import Prompt
+    from attnbias.steer.dropping import Dropping
     from attnbias.steer.step import Stepper
     from attnbias.steer.stream import Flow
 
@@ -34,6 +35,7 @@ class Editing:
         self.stepper: Stepper | None = None  # branches and next-token scores
         self.sources: frozenset[str] = frozenset()  # towers that only feed another one
         self._towers: set[str] = set()  # those that the forward has called
+        self.drops: Dropping | None = None  # which tokens layers run on
         self._ran = False
 
     def begin_forward(self, forward: int) -> None:
@@ -49,11 +51,15 @@ class Editing:
         self._towers.clear()
         if self.flow is not None:
             self.flow.begin()
+        if self.drops is not None:
+            self.drops.begin()
 
     def end_forward(self, forward: int) -> None:
         """Every hook that was set must have been called."""
         if self.flow is not None:
             self.flow.required(self.rules)
+        if self.drops is not None:
+            self.drops.required()
 
     def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """What the caller feeds the model."""

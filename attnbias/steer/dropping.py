@@ -9,6 +9,7 @@ positions, masks, and the keys that its cache holds.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class Dropping:
     turns: dict[str, Turn] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
     visited: set[Site] = field(default_factory=set)
+    before: Counter[Site] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.parts = layers(self.session.root)
@@ -76,6 +78,20 @@ class Dropping:
     def close(self) -> None:
         while self.undo:
             self.undo.pop()()
+
+    def begin(self) -> None:
+        """A forward begins."""
+        self.visited.clear()
+        self.before = Counter(self.session.calls)
+
+    def required(self) -> None:
+        """Raise `Refused` where a layer attended in this forward without passing through `run`."""
+        for site in self.parts:
+            if self.session.calls[site] > self.before[site] and site not in self.visited:
+                raise Refused(
+                    f"{site}: its layer never came by: a compiled graph made without this edit "
+                    "runs; call torch.compiler.reset()."
+                )
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -231,11 +247,7 @@ def _checked(found: Tokens, rule: Rule, positions: Tensor, hidden: Tensor) -> Te
     if keep is None:
         return None
     batch, length, _ = hidden.shape
-    if (
-        keep.dtype != torch.bool
-        or keep.ndim != 2
-        or keep.shape not in ((batch, length), (1, length))
-    ):
+    if keep.dtype != torch.bool or keep.shape not in ((batch, length), (1, length)):
         raise AttnbiasError(
             f"{name}.tokens: keep must be booleans ({batch} or 1, {length}), got "
             f"{keep.dtype} {tuple(keep.shape)}."
@@ -279,7 +291,7 @@ def dropping(session: Session, editing: Editing) -> Iterator[None]:
     found: Dropping = session.drops if session.drops is not None else Dropping(session)
     if not found.users:
         found.open()
-    session.drops = found
+    session.drops = editing.drops = found
     found.users += 1
     try:
         yield

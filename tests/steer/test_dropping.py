@@ -427,6 +427,59 @@ def test_refusals(what: str, message: str, request: pytest.FixtureRequest) -> No
         subject.run()
 
 
+def test_a_layer_that_does_not_come_by_is_refused(request: pytest.FixtureRequest) -> None:
+    """As in a graph that was compiled before the context."""
+    subject = make("stories", request)
+    layer: Any = subject.model.model.layers[1]
+    with torch.no_grad(), ab.steer(subject.model, rule_of(subject)):
+        own = vars(layer).pop("forward")
+        with pytest.raises(Refused, match=r"text layer 1: its layer never came by.*reset"):
+            subject.run(use_cache=False)
+        layer.forward = own
+        subject.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asks(Rule):
+    """Runs a branch without the image in the middle of each forward, and changes nothing."""
+
+    heads: Heads = "all"
+    seen: ClassVar[list[int]] = []
+
+    @property
+    def branches(self) -> dict[str, ab.steer.Branch]:
+        return {"bare": ab.steer.Branch(without=("image",))}
+
+    def look(self, site: Any) -> int:
+        return int(site.shape[2])
+
+    def outputs(self, site: Any, out: Tensor) -> None:
+        if site.site.layer == 2:
+            self.seen.extend(site.branch("bare").looked.values())
+
+
+@torch.no_grad()
+def test_branches_have_tokens_of_their_own(request: pytest.FixtureRequest) -> None:
+    """A second forward inside the first drops at positions of its own; the first goes on as it was."""
+    subject = make("llava", request)
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "eos_token_id": None,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with ab.steer(subject.model, rule_of(subject), spans=subject.spans):
+        wanted = subject.model.generate(**subject.inputs, **options)
+    Asks.seen.clear()
+    with ab.steer(subject.model, rule_of(subject), Asks(towers=("text",)), spans=subject.spans):
+        found = subject.model.generate(**subject.inputs, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, wanted.logits, strict=True))
+    # Sixteen tokens less the four of the image, of which three are dropped in turn.
+    assert Asks.seen[:3] == [12, 10, 9]
+    assert len(Asks.seen) == 12
+
+
 def test_gradient_checkpointing_is_refused(request: pytest.FixtureRequest) -> None:
     subject = make("stories", request)
     subject.model.gradient_checkpointing_enable()
