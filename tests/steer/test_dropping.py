@@ -460,7 +460,7 @@ class Asks(Rule):
 
 @torch.no_grad()
 def test_branches_have_tokens_of_their_own(request: pytest.FixtureRequest) -> None:
-    """A second forward inside the first drops at positions of its own; the first goes on as it was."""
+    """A forward inside another drops at positions of its own; the outer one goes on as it was."""
     subject = make("llava", request)
     options = {
         "max_new_tokens": 4,
