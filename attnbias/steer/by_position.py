@@ -31,3 +31,12 @@ def at_positions(table: Tensor, positions: Tensor) -> Tensor:
     index = where.clamp(0, length - 1)[:, None].expand(-1, heads, -1)
     inside = (where >= 0) & (where < length)
     return table.gather(2, index).masked_fill(~inside[:, None], 0)
+
+
+def together(one: Tensor, other: Tensor | None) -> Tensor:
+    """The sum (for marks: either) of two tables, as long as the longer."""
+    if other is None:
+        return one
+    length = max(one.shape[2], other.shape[2])
+    one, other = (torch.nn.functional.pad(t, (0, length - t.shape[2])) for t in (one, other))
+    return one | other if one.dtype == torch.bool else one + other

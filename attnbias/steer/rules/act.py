@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError
-from attnbias.steer.kept import Kept
+from attnbias.steer.by_position import at_positions, to_positions, together
 from attnbias.steer.rule import Rule
 from attnbias.steer.site import SiteCall
 
@@ -99,25 +99,25 @@ class ACT(Rule):
         # The sinks are found in the prompt, also where only the steps after it are calibrated.
         return super().acts_in(tower, layer, self.phase if self.phase == "decode" else phase)
 
-    def sinks(self, site: SiteCall) -> tuple[Tensor, Kept, Kept]:
+    def sinks(self, site: SiteCall) -> tuple[Tensor, Tensor, Tensor]:
         """The sinks of the prompt by its rows so far, by position: bool ``(batch, heads, N)``.
 
         With what was received at each position, and by how many rows it was seen.
         """
         places, before = site.key_positions, site.held("sinks")
-        received = Kept.of(site.received(), places).with_(before and before[1])
+        received = together(to_positions(site.received(), places), before and before[1])
         seen_by = site.seen_by().expand(site.shape[0], -1, -1)
-        seen = Kept.of(seen_by, places).with_(before and before[2])
+        seen = together(to_positions(seen_by, places), before and before[2])
         tokens = (places.amax(-1) + 1)[:, None, None]
         limit = self.threshold if self.alpha is None else self.alpha / tokens
-        found = received.table / seen.table.clamp(min=1) > limit
+        found = received / seen.clamp(min=1) > limit
         others = found.cumsum(-1) > 1 if self.spare == "found" else torch.ones_like(found)
         others[..., :1] = False
         return found & others, received, seen
 
     def groups(self, site: SiteCall) -> Tensor:
         found = site.frozen("sinks", lambda: self.sinks(site))[0]
-        return Kept(found).at(site.key_positions).long()
+        return at_positions(found, site.key_positions).long()
 
     def group_count(self, site: SiteCall, groups: Tensor) -> int:
         return 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError, Refused
-from attnbias.steer.kept import Kept
+from attnbias.steer.by_position import at_positions, to_positions, together
 from attnbias.steer.rule import Rule, is_number
 from attnbias.steer.site import SiteCall
 from attnbias.steer.spans import Keys, keys_of
@@ -122,8 +122,8 @@ class VAR(Rule):
         phase = self.phase if self.phase == "decode" else phase
         return super().acts_in(tower, layer, phase) and (named or layer >= self.start)
 
-    def sinks(self, site: SiteCall) -> Kept:
-        """The sinks among the tokens of the prompt so far."""
+    def sinks(self, site: SiteCall) -> Tensor:
+        """The sinks among the tokens of the prompt so far, by position: bool ``(batch, 1, N)``."""
         hidden = site.hidden
         if max(self.dims) >= hidden.shape[-1]:
             raise AttnbiasError(
@@ -131,10 +131,11 @@ class VAR(Rule):
                 f"{hidden.shape[-1]}."
             )
         large = normalised(hidden)[..., list(self.dims)].amax(-1) > self.tau
-        return Kept.of(large[:, None], site.query_positions).with_(site.held("sinks"))
+        return together(to_positions(large[:, None], site.query_positions), site.held("sinks"))
 
     def groups(self, site: SiteCall) -> Tensor:
-        sink = site.frozen("sinks", lambda: self.sinks(site)).at(site.key_positions)
+        kept = site.frozen("sinks", lambda: self.sinks(site))
+        sink = at_positions(kept, site.key_positions)
         image = site.where(self.image)[:, None]
         of_image, of_text = (VISUAL_SINK, VISUAL), (TEXT_SINK, OTHER)
         return torch.where(image, torch.where(sink, *of_image), torch.where(sink, *of_text))
@@ -157,7 +158,7 @@ class VAR(Rule):
 
     def _some(self, site: SiteCall) -> Tensor:
         """Which rows of the batch have a visual sink here: bool ``(batch, 1, 1)``."""
-        table = site.frozen("sinks", lambda: self.sinks(site)).table
+        table = site.frozen("sinks", lambda: self.sinks(site))
         places = torch.arange(table.shape[2], device=table.device)[None]
         return (table & site.chosen(self.image, places)[:, None]).any(-1, keepdim=True)
 
