@@ -20,10 +20,12 @@ from attnbias.steer.placing import gather, take
 from attnbias.steer.shares import on_heads
 
 if TYPE_CHECKING:
+    from attnbias.hub import Call
     from attnbias.steer.engine import Edit
 
 FEW = 4  # queries that are computed row by row
 MANY = 256  # queries from which the groups are computed apart
+MANY_OWN = 1024  # the same where each head has groups of its own: small calls for each
 RUNS = 8  # stretches of keys that are worth a call of their own
 HOLES = 8  # the keys outside the largest group are at most this part of all
 
@@ -98,10 +100,12 @@ def split(edit: Edit, heads: tuple[int, ...], groups: Tensor, count: int) -> Gro
     """The groups one by one, or None where one pass over all keys is better or needed.
 
     Args:
-        groups: ``(batch | 1, heads | 1, keys)``: shared by the heads, else None is returned.
+        groups: ``(batch | 1, heads | 1, keys)``. Where heads have groups of their own, one must be
+            most of every head's keys.
     """
     call = edit.call
-    if edit.shape[2] < MANY or edit.extras or edit.folds or groups.shape[1] > 1 or count > RUNS:
+    own = groups.shape[1] > 1
+    if edit.shape[2] < (MANY_OWN if own else MANY) or edit.extras or edit.folds or count > RUNS:
         return None
     tensors = on_heads(edit, heads)
     asks = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
@@ -110,25 +114,75 @@ def split(edit: Edit, heads: tuple[int, ...], groups: Tensor, count: int) -> Gro
     described = _described(edit, heads)
     if described is None:
         return None
+    if own:
+        of_heads = _of_heads(tensors, groups, count, described, call.scale)
+        return None if of_heads is None else _made(call, heads, of_heads)
     same = groups.shape[0] == 1 or bool((groups == groups[:1]).all())
     rows: list[Any] = [slice(None)] if same else [slice(n, n + 1) for n in range(groups.shape[0])]
     found: list[list[Part]] = []
     for row in rows:
         query, key, value = (one[row] for one in tensors)
-        own = _Own(query, key, value, described, row, call.scale)
-        parts = own.parts(groups[0 if same else row, 0].reshape(-1), count)
+        lane = _Own(query, key, value, described, row, call.scale)
+        parts = lane.parts(groups[0 if same else row, 0].reshape(-1), count)
         if parts is None:
             return None
         found.append(parts)
-    outs = tuple(torch.cat([parts[g][0] for parts in found]) for g in range(count))
-    lses = torch.stack([torch.cat([parts[g][1] for parts in found]) for g in range(count)], -1)
+    joined = [
+        (torch.cat([parts[g][0] for parts in found]), torch.cat([parts[g][1] for parts in found]))
+        for g in range(count)
+    ]
+    return _made(call, heads, joined)
+
+
+def _made(call: Call, heads: tuple[int, ...], parts: Sequence[Part]) -> Groups:
+    """Groups with their shares, from the output and log-sum-exp of each."""
+    lses = torch.stack([lse for _, lse in parts], -1)
     total = lses
     if call.sink is not None:
         own_sink = call.sink[list(heads)].to(lses.dtype)[None, :, None, None]
         total = torch.cat([lses, own_sink.expand(*lses.shape[:3], 1)], -1)
     norm = torch.logsumexp(total, -1, keepdim=True)
     masses = (lses - torch.where(norm == -torch.inf, 0.0, norm)).exp()
-    return Groups(heads, outs, masses)
+    return Groups(heads, tuple(out for out, _ in parts), masses)
+
+
+def _of_heads(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    groups: Tensor,
+    count: int,
+    described: _Described,
+    scale: float,
+) -> list[Part] | None:
+    """Groups of each head: the largest in one call that hides the rest, these head by head."""
+    query, key, value = tensors
+    batch, heads = query.shape[:2]
+    largest = int(torch.bincount(groups.flatten().long(), minlength=count).argmax())
+    rest = groups != largest
+    if int(rest.sum(-1).max()) * HOLES > key.shape[2]:
+        return None
+    whole = _Own(query, key, value, described, slice(None), scale)
+    parts = {largest: whole.holes(rest)}
+    group = heads // key.shape[1]
+    for number in range(count):
+        if number == largest:
+            continue
+        if not bool((groups == number).any()):
+            parts[number] = whole.nothing()
+            continue
+        rows = []
+        for row in (slice(n, n + 1) for n in range(batch)):
+            lane = []
+            for head in range(heads):
+                one, its = slice(head, head + 1), slice(head // group, head // group + 1)
+                chosen = groups[row if groups.shape[0] > 1 else 0, head].reshape(-1) == number
+                own = _Own(
+                    query[row, one], key[row, its], value[row, its], described.of(head), row, scale
+                )
+                lane.append(own.picked(chosen))
+            rows.append([torch.cat(both, 1) for both in zip(*lane, strict=True)])
+        out, lse = (torch.cat(both) for both in zip(*rows, strict=True))
+        parts[number] = (out, lse)
+    return [parts[number] for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -137,6 +191,12 @@ class _Described:
 
     offset: int | None
     keys: Bias | None
+
+    def of(self, head: int) -> _Described:
+        """The same for one head."""
+        if self.keys is None or self.keys.heads == 1:
+            return self
+        return _Described(self.offset, self.keys[:, head : head + 1, :, :])
 
 
 def _described(edit: Edit, heads: Sequence[int]) -> _Described | None:
@@ -223,10 +283,10 @@ class _Own:
         return self._attend(rows, cols, terms)
 
     def holes(self, hidden: Tensor) -> Part:
-        """All keys but some."""
+        """All keys but some: hidden ``(keys)`` or ``(batch | 1, heads, keys)``."""
         queries, keys = self.query.shape[2], self.key.shape[2]
-        weight = torch.zeros(keys, device=hidden.device).masked_fill(hidden, -torch.inf)
-        terms: list[Bias] = [KeyBias(weight[None, None])]
+        weight = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
+        terms: list[Bias] = [KeyBias(weight if weight.ndim == 3 else weight[None, None])]
         if self.described.offset is not None:
             offset = self.described.offset
             terms.append(Causal(queries, keys, offset=offset, device=hidden.device))

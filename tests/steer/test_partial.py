@@ -34,11 +34,15 @@ class Moved(Rule):
             "first": places == 0,
             "holes": (places % 13 == 3),
             "scattered": (places % 2 == 0),
+            "own": places < 0,
             "rows differ": (places >= 5) & (places < 17),
         }[self.layout]
         found = found.expand(site.shape[0], n)
         if self.layout == "rows differ":
             found = torch.cat([found[:1], found[1:].roll(4, -1)])
+        if self.layout == "own":  # each head its own
+            heads = torch.tensor(site.heads)[None, :, None]
+            return ((places[:, None] + 3 * heads) % 13 == 3).long().expand(site.shape[0], -1, n)
         return found.long()[:, None]
 
     def group_count(self, site: Any, groups: Tensor) -> int:
@@ -63,6 +67,7 @@ def routes(apart: bool) -> Iterator[list[Any]]:
 
     with (
         mock.patch.object(partial, "MANY", 1 if apart else 10**9),
+        mock.patch.object(partial, "MANY_OWN", 1 if apart else 10**9),
         mock.patch.object(partial, "HOLES", 4),
         mock.patch.object(partial, "FEW", 0),
         mock.patch("attnbias.steer.engine.split", watched),
@@ -71,7 +76,9 @@ def routes(apart: bool) -> Iterator[list[Any]]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["stretch", "two stretches", "first", "holes", "rows differ"])
+@pytest.mark.parametrize(
+    "layout", ["stretch", "two stretches", "first", "holes", "own", "rows differ"]
+)
 @pytest.mark.parametrize("name", ["stories", "gpt_oss", "minilm"])
 @pytest.mark.parametrize("heads", ["all", (1, 2)])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
@@ -102,7 +109,7 @@ def test_both_routes_agree(
 
 
 @torch.no_grad()
-def test_scattered_keys_and_heads_of_their_own_take_one_pass(
+def test_keys_scattered_all_over_take_one_pass(
     request: pytest.FixtureRequest,
 ) -> None:
     subject = models.make("stories", request)
