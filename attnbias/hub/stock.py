@@ -126,7 +126,7 @@ def plain_part(call: Call, needed: Tensor) -> Tensor | None:
     """
     query, key, value = call.query, call.key, call.value
     heads, queries = query.shape[1:3]
-    if queries < 2 * BLOCK or query.dtype not in (torch.float32, torch.float64):
+    if queries < 2 * KEY_BLOCK or query.dtype not in (torch.float32, torch.float64):
         return None
     if not whole_blocks() or not is_shared(call):
         return None
@@ -139,7 +139,7 @@ def plain_part(call: Call, needed: Tensor) -> Tensor | None:
     causal = found[1]
     places = torch.arange(1, queries + 1, device=needed.device)
     last = torch.where(needed, places, 0).amax(-1).amax(0).tolist()
-    stops = [min(queries, max(2, -(-one // BLOCK)) * BLOCK) if one else 0 for one in last]
+    stops = [min(queries, max(3, -(-one // BLOCK)) * BLOCK) if one else 0 for one in last]
     cost = sum((one / queries) ** (2 if causal else 1) for one in stops) / heads
     if cost > 0.8:
         return None
@@ -157,7 +157,7 @@ def plain_part(call: Call, needed: Tensor) -> Tensor | None:
         rows = stops[first]
         if rows:
             own = slice(first // group, -(-stop // group))
-            seen = slice(0, rows if causal else key.shape[2])
+            seen = _seen(rows, key.shape[2], causal)
             part, _ = flash.call(
                 query[:, first:stop, :rows],
                 key[:, own, seen],
@@ -171,7 +171,12 @@ def plain_part(call: Call, needed: Tensor) -> Tensor | None:
     return out
 
 
-BLOCK = 512  # queries and keys of a whole number of blocks of the CPU operator
+BLOCK, KEY_BLOCK = 256, 512  # queries and keys that the CPU operator takes together
+
+
+def _seen(rows: int, keys: int, causal: bool) -> slice:
+    """The keys for some first queries: whole blocks, also where the mask hides their ends."""
+    return slice(0, min(keys, -(-rows // KEY_BLOCK) * KEY_BLOCK) if causal else keys)
 
 
 @functools.cache
@@ -180,12 +185,12 @@ def whole_blocks() -> bool:
     if not flash.kernel():
         return False
     gen = torch.Generator().manual_seed(0)
-    length, stop = 3 * BLOCK + 40, 2 * BLOCK
+    length, stop = 3 * KEY_BLOCK + 40, 3 * BLOCK
     q, k, v = (torch.randn(1, length, h, 16, generator=gen).transpose(1, 2) for h in (4, 2, 2))
     with torch.no_grad():
         for causal in (False, True):
             whole = flash.call(q, k, v, None, causal, 0.3)[0]
-            seen = slice(0, stop if causal else length)
+            seen = _seen(stop, length, causal)
             part = flash.call(
                 q[:, 2:3, :stop], k[:, 1:2, seen], v[:, 1:2, seen], None, causal, 0.3
             )[0]
