@@ -160,7 +160,7 @@ def test_alfar_weights_and_a_prompt_in_chunks(decoder: Subject, spans: Any) -> N
         whole.append(kept[-1])
     # The last query of every chunk is edited, as the work's is; below the first layer none is.
     for other in whole[1:]:
-        assert torch.allclose(other, whole[0], atol=1e-5)
+        assert torch.allclose(other, whole[0], atol=1e-4)
 
 
 @torch.no_grad()
