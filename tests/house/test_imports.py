@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Libraries that the core may not import at all, not even inside a function.
 HEAVY = {"transformers", "tokenizers", "safetensors", "pydantic", "altair", "jinja2", "rich"}
+HEAVY |= {"diffusers"}
 
 
 def room(path: Path) -> str:
