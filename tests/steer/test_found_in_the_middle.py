@@ -26,7 +26,7 @@ def rescaled(p: Tensor, groups: Tensor, rows: Tensor, alpha: Tensor, strength: f
     member = (groups[:, :, None] == numbers).double()[:, None]  # (b, 1, keys, K)
     sizes = member.sum(2, keepdim=True).clamp(min=1)
     mean = p @ member / sizes  # (b, h, q, K)
-    seen = mean > 1e-30
+    seen = p @ member > 1e-30
     factor = torch.where(seen, alpha / torch.where(seen, mean, 1.0), 0.0)
     new = p * (factor @ member.mT)
     inside = member.sum(-1)[:, :, None]
