@@ -47,6 +47,7 @@ def drive(
     name = type(rule).__name__
     driver = Driver(editing, number, given.get("streamer"))
     batch = next((len(given[key]) for key in _ROWS if given.get(key) is not None), 1)
+    _alone(session, name)
     copies = setting(root, given, "num_return_sequences") or 1
     _check(root, given, name, batch * copies)
     found = []
@@ -126,6 +127,16 @@ def _spans_of_row(session: Session, row: int, batch: int) -> Iterator[None]:
     finally:
         for one, spans in zip(contexts, before, strict=True):
             one.spans = spans
+
+
+def _alone(session: Session, name: str) -> None:
+    for one in session.participants:
+        for rule in getattr(one, "rules", ()):
+            if rule.drops_tokens and rule.uses("tokens"):
+                raise Refused(
+                    f"{name} goes back while decoding, which {type(rule).__name__} cannot follow "
+                    "(the tokens it dropped are gone): steer with one of them at a time."
+                )
 
 
 def _check(root: nn.Module, given: Mapping[str, Any], name: str, rows: int) -> None:

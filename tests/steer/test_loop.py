@@ -1,17 +1,17 @@
-"""Loops that a rule drives under `generate`: plain driving is plain decoding, and going back works."""
+"""Loops that a rule drives: plain driving is plain decoding, and going back works."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 import attnbias as ab
-from attnbias.steer import Branch, Loop, Rule, SiteCall
+from attnbias.steer import Branch, Loop, Rule, SiteCall, Tokens
 from tests.cases.rule import off, padded
 from tests.steer.models import Subject, make
 
@@ -46,6 +46,17 @@ class Branching(Rule):
     def logits(self, step: Any) -> Tensor:
         found: Tensor = step.logits + step.branch("other").logits
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropping(Rule):
+    """A rule that drops tokens."""
+
+    heads: str = "all"  # type: ignore[assignment]
+    drops_tokens: ClassVar[bool] = True
+
+    def tokens(self, site: Any, hidden: Tensor) -> Tokens | None:
+        return Tokens(keep=site.positions != 3) if site.layer == 1 else None
 
 
 def chunks(count: int = 1, tokens: int = 4, which: int = 0) -> Drive:
@@ -427,6 +438,23 @@ def test_only_one_rule_decides_how_to_decode(subject: Subject) -> None:
             ):
                 pass
     assert "generate" not in vars(subject.model)
+
+
+def test_rules_that_drop_tokens_cannot_follow(subject: Subject) -> None:
+    """Inside, outside or beside."""
+    pairs = ((chunks(), Dropping()), (Dropping(), chunks()))
+    for first, second in pairs:
+        with (
+            ab.steer(subject.model, first),
+            ab.steer(subject.model, second),
+            pytest.raises(ab.errors.Refused, match="Dropping cannot follow"),
+        ):
+            subject.model.generate(**subject.inputs, **OPTIONS)
+        with (
+            ab.steer(subject.model, first, second),
+            pytest.raises(ab.errors.Refused, match="Dropping cannot follow"),
+        ):
+            subject.model.generate(**subject.inputs, **OPTIONS)
 
 
 def test_models_that_cannot_be_driven(subject: Subject, request: pytest.FixtureRequest) -> None:
