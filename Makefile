@@ -47,7 +47,8 @@ $(OLDEST)/.stamp: Makefile pyproject.toml constraints.txt
 smoke-oldest: $(OLDEST)/.stamp
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/hub/test_smoke.py tests/hub/test_identity.py \
 		tests/hub/test_structure.py tests/hub/test_prompt.py tests/hub/test_images.py \
-		tests/steer/test_models.py tests/steer/test_key_shift.py tests/steer/test_set_share.py
+		tests/steer/test_models.py tests/steer/test_key_shift.py tests/steer/test_set_share.py \
+		tests/steer/test_branches.py
 
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.mutants

@@ -77,6 +77,7 @@ class Lane:
         self.used = 0  # tokens of the main sequence that the branch has been fed
         self._cache: Any = None
         self._real: Tensor | None = None
+        self._lost = False  # whether images of the prompt were left out
         self._compacted = False  # whether its rows are laid out in another way than the main ones
         self._twins: dict[int, Editing] = {}
         self._own: Editing | None = None
@@ -332,7 +333,8 @@ class Lane:
                 f"{type(self._rule).__name__} leaves {', '.join(self._branch.without)} out of a "
                 "branch, but other images or videos stay in the batch: leave out all or none."
             )
-        if lost:
+        self._lost = self._lost or lost
+        if self._lost and not left:  # some versions repeat the grids of images at every step
             for name in [name for name in extras if MEDIA.search(name)]:
                 del extras[name]
 
