@@ -51,7 +51,9 @@ def find_diffusion(model: nn.Module) -> list[Found]:
         tower = "gated" if name.endswith("fuser.attn") else "cross" if cross else "self"
         layer = counts.get(tower, 0)
         counts[tower] = layer + 1
-        found.append(Found(Site(tower, layer, name, "cross" if cross else "self"), module, (model,)))
+        found.append(
+            Found(Site(tower, layer, name, "cross" if cross else "self"), module, (model,))
+        )
     return found
 
 

@@ -91,9 +91,7 @@ def wiring(session: Session, editing: Editing) -> Iterator[None]:
 class _Between:
     """From the end of gated self-attention to the norm of cross-attention in one block."""
 
-    def __init__(
-        self, editing: Editing, wanted: list[int], session: Session, site: Site
-    ) -> None:
+    def __init__(self, editing: Editing, wanted: list[int], session: Session, site: Site) -> None:
         self.editing, self.wanted, self.session, self.site = editing, wanted, session, site
         self.read: Tensor | None = None
 
