@@ -190,7 +190,8 @@ def sites(model: nn.Module) -> list[Site]:
     """Where `model` attends.
 
     Args:
-        model: a transformers or diffusers model, also inside PEFT, `torch.compile` or a plain `nn.Module`.
+        model: a transformers or diffusers model; one of transformers also inside PEFT,
+            `torch.compile` or a plain `nn.Module`.
 
     Returns:
         One `Site` per attention module, in the order of `named_modules`; empty for a model that
