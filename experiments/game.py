@@ -83,7 +83,7 @@ def measure(seed: int) -> Mapping[str, float]:
     """Gain in the detector's logit of redone chunks: GAME's edit beside random ones."""
     decoder = copying(seed)
     lens = LookbackLens(heads="all").fit(
-        decoder.model, written(decoder, FIT, 100 + seed, least=STRETCH)
+        decoder.model, written(decoder, FIT, 100 + seed, least=STRETCH), progress=False
     )
     rule = GAME(heads="all", detector=lens.detector, chunk=CHUNK, step=STEP)
     recorder = Recorder(rule=rule, decoder=decoder)

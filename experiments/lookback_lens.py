@@ -49,7 +49,8 @@ def lens(seed: int) -> LookbackLens:
     """The rule, fitted on windows of what the decoder writes."""
     decoder = copying(seed)
     rule = LookbackLens(heads="all", count=CANDIDATES, chunk=CHUNK)
-    return rule.fit(decoder.model, written(decoder, FIT, 100 + seed), window=CHUNK)
+    texts = written(decoder, FIT, 100 + seed)
+    return rule.fit(decoder.model, texts, window=CHUNK, progress=False)
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -145,12 +145,16 @@ class LabelledText:
 
 
 def examples(
-    rule: Rule, model: nn.Module, texts: Sequence[Any], window: int | None
+    rule: Rule,
+    model: nn.Module,
+    texts: Sequence[Any],
+    window: int | None,
+    tick: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]:
     """Features ``(examples, heads)``, labels, and the places of the features.
 
     window: None for one example per labelled part; else every window of that many tokens inside
-    the labelled tokens, faithful where all of them are.
+    the labelled tokens, faithful where all of them are. tick: called after each text.
     """
     if not texts or not all(isinstance(text, LabelledText) for text in texts):
         got = "none" if not texts else type(texts[0]).__name__
@@ -159,6 +163,7 @@ def examples(
     places: tuple[tuple[int, int], ...] = ()
     for number, text in enumerate(texts):
         looked = seen(rule, model, text, number)
+        tick()
         found, places = stacked(rule, [looked])
         for part, faithful in _parts(text, window, found.shape[-1], number):
             rows.append(found[:, part].mean(-1))

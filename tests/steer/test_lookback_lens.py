@@ -227,6 +227,17 @@ def test_fit_refuses_in_one_sentence(subject: Subject, change: dict[str, Any], w
     assert "\n" not in str(caught.value)
 
 
+def test_fit_shows_its_progress(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.progress import Progress
+
+    steps: list[float] = []
+    monkeypatch.setattr(Progress, "advance", lambda self, task, advance=1: steps.append(advance))
+    LookbackLens(heads="all").fit(subject.model, labelled(subject))
+    assert len(steps) == 9
+    LookbackLens(heads="all").fit(subject.model, labelled(subject), progress=False)
+    assert len(steps) == 9
+
+
 def test_without_scikit_learn(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ab.errors.Refused, match="pip install scikit-learn"):

@@ -11,6 +11,7 @@ from attnbias.errors import AttnbiasError, Refused
 from attnbias.steer.lookback import Detector, LabelledText, examples, logistic, ratios
 from attnbias.steer.loop import Loop
 from attnbias.steer.rule import Heads, Rule, is_number
+from attnbias.steer.scoring import bar
 from attnbias.steer.site import SiteCall
 from attnbias.steer.spans import Keys, keys_of
 
@@ -99,7 +100,12 @@ class LookbackLens(Rule):
             loop.append(found[logits.index(max(logits))])
 
     def fit(
-        self, model: nn.Module, texts: Sequence[LabelledText], *, window: int | None = None
+        self,
+        model: nn.Module,
+        texts: Sequence[LabelledText],
+        *,
+        window: int | None = None,
+        progress: bool = True,
     ) -> LookbackLens:
         """The rule with a detector fitted on labelled text; it is ready.
 
@@ -108,6 +114,7 @@ class LookbackLens(Rule):
             texts: texts with faithful and unfaithful parts.
             window: None: one example per labelled part, its ratios averaged. Else every window of
                 so many labelled tokens (published 8), faithful where all its tokens are.
+            progress: show a bar (needs rich; silent without it).
 
         Cost: one forward per text. Logistic regression by scikit-learn (max_iter 1000).
 
@@ -119,7 +126,8 @@ class LookbackLens(Rule):
             raise AttnbiasError("fit needs the model in eval mode: write model.eval() first.")
         if window is not None and (not is_number(window) or window < 1):
             raise AttnbiasError(f"window must be None or a whole number from 1, got {window!r}.")
-        features, labels, places = examples(self, model, texts, window)
+        with bar(len(texts), progress, "LookbackLens") as tick:
+            features, labels, places = examples(self, model, texts, window, tick)
         weights, intercept = logistic(features, labels)
         found = Detector(places, weights, intercept, len(labels), window)
         return replace(self, detector=found)
