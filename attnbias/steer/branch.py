@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,8 @@ from attnbias.errors import AttnbiasError, Refused
 from attnbias.steer.engine import Memory
 from attnbias.steer.record import MEDIA, Record
 from attnbias.steer.spans import Spans
+from attnbias.steer.trimming import compact as compacted
+from attnbias.steer.trimming import last, pick, shortened
 
 if TYPE_CHECKING:
     from attnbias.hub import Site
@@ -115,10 +116,10 @@ class Lane:
         if branch.shared and self.used == 0 and not self._share():
             # The prompt without each row's last token, then that token under the branch's rules.
             order = torch.arange(record.length, device=record.real.device)
-            last = record.real & (order == record.real.long().mul(order).amax(-1, keepdim=True))
-            if bool((record.real & ~last).any()):
-                self._feed(record.real & ~last, None, inner=())
-            self._feed(last, step, inner=branch.rules, again=True)
+            newest = record.real & (order == record.real.long().mul(order).amax(-1, keepdim=True))
+            if bool((record.real & ~newest).any()):
+                self._feed(record.real & ~newest, None, inner=())
+            self._feed(newest, step, inner=branch.rules, again=True)
             return
         keep = record.real & ~self._removed()
         self._feed(keep[:, self.used :], step, inner=branch.rules)
@@ -128,7 +129,7 @@ class Lane:
         record = self._record
         cache = record.cache() if record.cache is not None else None
         every = bool(record.real[:, -1].all())
-        copied = _shortened(cache, record.length) if every and record.length > 1 else None
+        copied = shortened(cache, record.length) if every and record.length > 1 else None
         if copied is None:
             return False
         self._cache, self._real = copied, record.real[:, :-1]
@@ -158,16 +159,17 @@ class Lane:
         self._compacted = compact = self._compacted or not bool((keep == real).all())
         if self._branch.without and any(MEDIA.search(name) for name in extras):
             self._drop_media(extras, tokens, real & ~keep, keep)
+        order = None
         if compact:
-            order, keep = _compact(keep, type(self._rule).__name__, self._name)
-            tokens = _pick(tokens, order)
-            kinds = {name: _pick(value, order) for name, value in kinds.items()}
+            order, keep = compacted(keep, type(self._rule).__name__, self._name)
+            tokens = pick(tokens, order)
+            kinds = {name: pick(value, order) for name, value in kinds.items()}
         self._real = keep if self._real is None else torch.cat([self._real, keep], 1)
         given: dict[str, Any] = {**extras, **kinds}
         given["input_ids" if not tokens.is_floating_point() else "inputs_embeds"] = tokens
         if not bool(self._real.all()):
             given["attention_mask"] = self._real.long()
-        positions = self._positions(compact, tokens.shape[1], stop)
+        positions = self._positions(start, order)
         if positions is not None:
             given["position_ids"] = positions
         given |= {"past_key_values": self._cache, "use_cache": True, "return_dict": True}
@@ -181,7 +183,7 @@ class Lane:
                 f"{type(record.module).__name__} returns no cache, so the branch {self._name!r} of "
                 f"{type(self._rule).__name__} cannot be continued."
             )
-        self._logits = _last(output.logits, keep)
+        self._logits = last(output.logits, keep)
 
     def _run(self, session: Any, given: dict[str, Any], step: Step | None, inner: Any) -> Any:
         from attnbias.steer.looking import Looking
@@ -304,17 +306,22 @@ class Lane:
 
     # Inputs ---------------------------------------------------------------------------------------
 
-    def _positions(self, compact: bool, count: int, stop: int) -> Tensor | None:
+    def _positions(self, start: int, order: Tensor | None) -> Tensor | None:
         """Position ids of the branch's new tokens; None where the model counts by itself."""
-        record = self._record
-        if not self._accepts("position_ids") or any("rope_deltas" in vars(o) for o in self._owners):
+        if not self._accepts("position_ids"):
             return None
-        if not compact:
-            return None if record.given is None else record.given[:, stop - count : stop]
+        moved = self._record.moved(self._record.real & self._removed())
+        if moved is not None:
+            new = moved[..., start:]
+            if order is None:
+                return new
+            return new.gather(-1, order.expand(*new.shape[:-1], order.shape[1]))
         assert self._real is not None
-        if record.given is None and bool(self._real.all()):
+        whole = order is None or bool(self._real.all())
+        if whole or any("rope_deltas" in vars(one) for one in self._owners):
             return None
-        return (self._real.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
+        assert order is not None
+        return (self._real.long().cumsum(-1) - 1).clamp(min=0)[:, -order.shape[1] :]
 
     def _drop_media(
         self, extras: dict[str, Any], tokens: Tensor, gone: Tensor, keep: Tensor
@@ -350,50 +357,3 @@ def _plain(module: nn.Module) -> Mapping[str, Any]:
 
 def _pairs(editing: Editing) -> list[tuple[Rule, Memory]]:
     return list(zip(editing.rules, editing.memories, strict=True))
-
-
-def _pick(tokens: Tensor, order: Tensor) -> Tensor:
-    index = order if tokens.ndim == 2 else order[..., None].expand(-1, -1, tokens.shape[2])
-    return tokens.gather(1, index)
-
-
-def _compact(keep: Tensor, rule: str, name: str) -> tuple[Tensor, Tensor]:
-    """Which columns each row keeps, right-aligned, and which of these are real."""
-    counts = keep.sum(1)
-    if keep.shape[1] > 1 and int(counts.min()) == 0:
-        raise Refused(
-            f"the branch {name!r} of {rule} leaves out every token of a row: keep some of the "
-            "prompt, such as its question."
-        )
-    width = max(int(counts.max()), 1)
-    order = keep.long().argsort(dim=1, stable=True)[:, -width:]
-    return order, keep.gather(1, order)
-
-
-def _last(logits: Tensor, keep: Tensor) -> Tensor:
-    """The scores ``(batch, vocabulary)`` at each row's last real token."""
-    kind = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    if logits.shape[1] == 1:
-        return logits[:, 0].to(kind)
-    order = torch.arange(keep.shape[1], device=keep.device)
-    last = torch.where(keep, order, 0).amax(-1)
-    return logits[torch.arange(len(last), device=logits.device), last.to(logits.device)].to(kind)
-
-
-def _shortened(cache: Any, length: int) -> Any:
-    """A copy of a growing cache without its last token, None where it is of another kind."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    if type(cache) is not DynamicCache or cache.get_seq_length() != length:
-        return None
-    if any(type(layer) is not DynamicLayer for layer in cache.layers):
-        return None
-    other = copy.copy(cache)
-    vars(other).pop("reorder_cache", None)
-    other.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in other.layers:
-        if not layer.is_initialized:
-            return None
-        layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
-    return other

@@ -49,9 +49,10 @@ class Record:
     """One main sequence, from its prompt on.
 
     Attributes:
-        real: ``(batch, length)``, False at padding. given: the caller's 2-D position ids, where all
-            forwards had them. version: counts forwards. steps: how many of them were decoding
-            steps. past: tokens before the newest forward. lanes: the branches' own sequences.
+        real: ``(batch, length)``, False at padding. given: the caller's position ids ``(..., batch,
+            length)``, where all forwards had them.
+        version: counts forwards. steps: how many of them were decoding steps.
+        past: tokens before the newest forward. lanes: the branches' own sequences.
         trouble: why this sequence cannot be followed, empty where it can.
         module: what the caller called.
     """
@@ -98,10 +99,22 @@ class Record:
         order = torch.arange(new.shape[1], device=new.device)
         return torch.where(new, order, -1).amax(-1)
 
+    def moved(self, removed: Tensor) -> Tensor | None:
+        """The caller's position ids in texts without some tokens, ``(batch, length)``.
+
+        What follows a removed stretch moves to where that began, in each kind of positions: an
+        image counts as far as it counted.
+        """
+        given = self.given
+        if given is None or not bool(removed.any()):
+            return given
+        gap = (given[..., 1:] - given[..., :-1]) * removed[:, :-1]
+        return given - torch.nn.functional.pad(gap.cumsum(-1), (1, 0))
+
     def cut(self, length: int) -> None:
         """Forget what came after: the caller has cropped the cache."""
         self.real = self.real[:, :length]
-        self.given = None if self.given is None else self.given[:, :length]
+        self.given = None if self.given is None else self.given[..., :length]
         kept, left = [], length
         for chunk in self.chunks:
             if left > 0:

@@ -121,8 +121,8 @@ class Stepper:
         past = 0 if cache is None else int(cache.get_seq_length())
         real = real_tokens(given, chunk, past)
         position = given.get("position_ids")
-        flat = isinstance(position, Tensor) and position.ndim == 2
-        position = None if position is None or not flat else position.expand(real.shape[0], -1)
+        if isinstance(position, Tensor):  # several kinds of positions may come before the batch
+            position = position.expand(*position.shape[:-2], real.shape[0], -1)
         record = self.records.get(cache) if cache is not None and past else None
         if record is None:
             record = Record([chunk], real[:, past:], position, module)
@@ -136,7 +136,7 @@ class Stepper:
             record.chunks.append(chunk)
             record.past, record.real = record.length, real
             if record.given is not None:
-                record.given = None if position is None else torch.cat([record.given, position], 1)
+                record.given = None if position is None else torch.cat([record.given, position], -1)
             record.module = module
             record.version += 1
             if chunk.length == 1:

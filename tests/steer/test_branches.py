@@ -397,3 +397,31 @@ def test_peft(decoder: Any) -> None:
         cut = without({"input_ids": whole}, TEXT)["input_ids"]
         scores = 2 * model(whole).logits[:, -1] - model(cut).logits[:, -1]
         assert torch.equal(tokens[:, length], scores.argmax(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_text_left_out_of_a_prompt_with_an_image(name: str, request: pytest.FixtureRequest) -> None:
+    """The image stays, what follows the text moves up, also where inputs come encoded already."""
+    subject: Any = make(name, request)
+    start, stop = 9, 12
+    rule = Guide(without=("some",), towers=("text",))
+    with ab.steer(subject.model, rule, spans={"some": (start, stop)}):
+        found = subject.run()[:, -1]
+        tokens = subject.model.generate(**subject.inputs, **GREEDY)
+    kinds = {"mm_token_type_ids", "token_type_ids"} & subject.inputs.keys()
+
+    def scores(length: int, left_out: bool) -> Tensor:
+        given = {**subject.inputs, "input_ids": tokens[:, :length]}
+        for kind in kinds:
+            given[kind] = torch.nn.functional.pad(given[kind], (0, length - 16))
+        if left_out:
+            for part in ("input_ids", *kinds):
+                given[part] = torch.cat([given[part][:, :start], given[part][:, stop:]], 1)
+        logits: Tensor = subject.model(**given).logits[:, -1]
+        return logits
+
+    assert close(found, 2 * scores(16, False) - scores(16, True))
+    for length in (16, 17, 20):
+        wanted = 2 * scores(length, False) - scores(length, True)
+        assert torch.equal(tokens[:, length], wanted.argmax(-1))

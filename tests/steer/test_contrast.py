@@ -297,3 +297,83 @@ def test_what_is_missing_is_refused_with_the_line_to_run(decoder: Subject) -> No
     for needing in (ab.rules.AVISC(), ab.rules.VHR(), ab.rules.ALFAR(heads="all")):
         with pytest.raises(AttnbiasError, match="span"), ab.steer(decoder.model, needing):
             pass
+
+
+def cut(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A prompt of text and image without its image."""
+    ids = inputs["input_ids"]
+    kinds = {n: v for n, v in inputs.items() if v.shape == ids.shape}
+    return {n: torch.cat([v[:, :2], v[:, 6:]], 1) for n, v in kinds.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_vhr_by_hooks_on_output_projections(name: str, request: pytest.FixtureRequest) -> None:
+    subject: Any = make(name, request)
+    layers = subject.model.model.language_model.layers
+    heads = subject.model.config.get_text_config().num_attention_heads
+    blank: dict[int, torch.Tensor] = {}
+
+    def record(layer: int, module: Any, args: Any) -> None:
+        blank[layer] = args[0][:, -1].unflatten(-1, (heads, -1))
+
+    def scale(layer: int, module: Any, args: Any) -> Any:
+        whole = args[0].unflatten(-1, (heads, -1))
+        found = (whole[:, -1] - blank[layer]).norm(dim=-1)
+        found = found.masked_fill(found < 1e-4 * whole[:, -1].norm(dim=-1), 0.0)  # sees no image
+        size = blank[layer].square().sum(-1)
+        for values in (found, size):
+            assert values.shape == (2, heads)
+        high = [v > v.mean(-1, True) + v.std(-1, correction=0, keepdim=True) for v in (found, size)]
+        found = found.masked_fill(high[0] & high[1], 0.0)
+        middle = found.sort(-1).values[:, heads // 2 - 1 : heads // 2 + 1].mean(-1, True)
+        factor = torch.where(found > middle, 2.0, 1.0)[:, None, :, None]
+        return ((whole * factor).flatten(2),)
+
+    def run(hook: Any, inputs: Any) -> torch.Tensor:
+        handles = [
+            layer.self_attn.o_proj.register_forward_pre_hook(partial(hook, number))
+            for number, layer in enumerate(layers)
+        ]
+        logits: torch.Tensor = subject.model(**inputs).logits
+        for handle in handles:
+            handle.remove()
+        return logits
+
+    run(record, cut(subject.inputs))
+    wanted = run(scale, subject.inputs)
+    plain = subject.run()
+    with ab.steer(subject.model, ab.rules.VHR(towers=("text",)), spans={"image": (2, 6)}):
+        found = subject.run()
+    size = float(wanted.abs().max())
+    assert float((found - wanted).abs().max()) < 1e-4 * size
+    assert float((plain - wanted).abs().max()) > 1e-2 * size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
+def test_avisc_by_a_hook_on_embeddings(name: str, request: pytest.FixtureRequest) -> None:
+    subject: Any = make(name, request)
+    kept: list[torch.Tensor] = []
+    rule = ab.rules.AVISC(towers=("text",), deviations=0.0, plausibility=1e-30)
+    probe = Probe(see=rule.look, after=lambda step: kept.append(rule.blind(step)), towers=("text",))
+    with ab.steer(subject.model, probe, spans={"image": (2, 6)}):
+        plain = subject.run()[:, -1]
+    image = (torch.arange(16) >= 2) & (torch.arange(16) < 6)
+    empty = image & ~kept[0]
+    assert empty.any(-1).all()
+
+    def rewrite(module: Any, args: Any, given: dict[str, Any]) -> Any:
+        return args, {**given, "inputs_embeds": given["inputs_embeds"] * ~empty[..., None]}
+
+    handle = subject.model.model.language_model.register_forward_pre_hook(rewrite, with_kwargs=True)
+    other = subject.run()[:, -1]
+    handle.remove()
+    with ab.steer(subject.model, rule, spans={"image": (2, 6)}):
+        found = subject.run()[:, -1]
+        tokens = subject.model.generate(
+            **subject.inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    wanted = 3.5 * plain - 2.5 * other
+    assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+    assert torch.equal(tokens[:, 16], wanted.argmax(-1))

@@ -16,6 +16,7 @@ from attnbias.steer.rule import Heads, Rule
 from attnbias.steer.site import SiteCall
 
 BRANCH = "without the image"
+ROUNDING = 1e-4  # heads that cannot see the image differ by rounding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,9 @@ class VHR(Rule):
     def divergence(self, site: SiteCall) -> Tensor:
         """VHD of each head ``(batch, heads)``, outliers set to 0."""
         blank: Tensor = site.branch(BRANCH).looked[site.site]
-        found: Tensor = (_outputs(site) - blank).norm(dim=-1)
+        own = _outputs(site)
+        found: Tensor = (own - blank).norm(dim=-1)
+        found = found.masked_fill(found <= ROUNDING * own.norm(dim=-1), 0.0)
         if not self.outliers:
             return found
         return found.masked_fill(_surges(found) & _surges(blank.square().sum(-1)), 0.0)
