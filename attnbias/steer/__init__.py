@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from attnbias._room import callable_room
 from attnbias.steer import rules
+from attnbias.steer.attempts import Candidate
 from attnbias.steer.branch import Branch, Lane
 from attnbias.steer.context import steer
 from attnbias.steer.hidden import HiddenCall, TokenCall
 from attnbias.steer.hooks import Tokens, Vectors
-from attnbias.steer.loop import Candidate, Loop
+from attnbias.steer.loop import Loop
 from attnbias.steer.masses import masses
 from attnbias.steer.recipe import Recipe
 from attnbias.steer.rule import Rule

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError, Refused
+from attnbias.steer.attempts import Request
 from attnbias.steer.caches import CACHE, State, copied
 from attnbias.steer.gate import setting
-from attnbias.steer.loop import Loop, Request
+from attnbias.steer.loop import Loop
 
 if TYPE_CHECKING:
     from attnbias.hub.adapter import Session

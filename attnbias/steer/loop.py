@@ -3,60 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError, Refused
+from attnbias.steer.attempts import Candidate, Mark, Request, random_state
 from attnbias.steer.caches import State, copied, cropped, detached, light, repeated, selected
 
 if TYPE_CHECKING:
     from attnbias.hub import Site
     from attnbias.steer.engine import Memory
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a call of ``generate`` asked for, prepared by transformers.
-
-    Attributes:
-        model: the model that generates. config: the merged generation config.
-        processors: its logits processors. stopping: its stopping criteria (length and eos too).
-        stream: where accepted tokens go, ``(1,)`` at a time.
-    """
-
-    model: Any
-    config: Any
-    processors: Callable[[Tensor, Tensor], Tensor]
-    stopping: Callable[[Tensor, Any], Tensor]
-    stream: Callable[[Tensor], None] | None = None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A continuation of the tokens so far.
-
-    Attributes:
-        tokens: ``(count,)``; ends early where a stopping criterion held.
-        looked: for each token what the rule's `look` returned in the forward that predicted it.
-        stopped: whether it ends the text.
-    """
-
-    tokens: Tensor
-    looked: tuple[dict[Site, Any], ...]
-    stopped: bool
-    state: State
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point of the decoding to come back to."""
-
-    state: State
-    finished: bool
-    random: Tensor
 
 
 class Loop:
@@ -171,7 +130,7 @@ class Loop:
 
     def snapshot(self) -> Mark:
         """This point, with the state of the random numbers."""
-        return Mark(copied(self._at), self.finished, _random(self.tokens.device))
+        return Mark(copied(self._at), self.finished, random_state(self.tokens.device))
 
     def rewind(self, mark: Mark, *, random: bool = False) -> None:
         """Go back to a point; with `random` the same random numbers come again."""
@@ -179,7 +138,7 @@ class Loop:
             raise AttnbiasError("tokens that were appended are streamed and cannot be taken back.")
         self._at, self.finished = copied(mark.state), mark.finished
         if random:
-            _random(self.tokens.device, mark.random)
+            random_state(self.tokens.device, mark.random)
 
     def again(self) -> None:
         """Forget the forward that predicts the coming token: it is run anew when asked for.
@@ -354,16 +313,3 @@ def _row(value: Any, row: int, count: int) -> Any:
     if isinstance(value, Tensor) and count > 1 and value.ndim and value.shape[0] == count:
         return value[row : row + 1]
     return value
-
-
-def _random(device: torch.device, state: Tensor | None = None) -> Tensor:
-    """The state of the device's generator, set to `state` where that is given."""
-    if device.type == "cpu":
-        if state is not None:
-            torch.set_rng_state(state)
-        return torch.get_rng_state()
-    module = torch.get_device_module(device)
-    if state is not None:
-        module.set_rng_state(state, device)
-    found: Tensor = module.get_rng_state(device)
-    return found

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from attnbias.bias import Bias, KeyBias
 from attnbias.errors import AttnbiasError, Refused
+from attnbias.steer.attempts import Candidate
 from attnbias.steer.lookback import Detector, ratios
-from attnbias.steer.loop import Candidate, Loop
+from attnbias.steer.loop import Loop
 from attnbias.steer.rule import Heads, Rule, is_number
 from attnbias.steer.site import SiteCall
 from attnbias.steer.spans import Keys, keys_of
