@@ -62,9 +62,11 @@ def table() -> str:
         "8 heads of 64. Command: `python -m benchmarks.attention_cpu`; every cell, bfloat16 and "
         "the goals: [benchmarks/results/attention_cpu.md](benchmarks/results/attention_cpu.md)."
     )
-    return "\n".join(
-        [markdown_table(head, rows), "", where, "", *_structures(), _memory(memory), _seen(seen)]
-    ).strip()
+    parts = [markdown_table(head, rows), "", where, "", *_structures(), _memory(memory)]
+    parts.append(_seen(seen))
+    if (RESULTS / "steer.json").is_file():
+        parts += ["", _steered(_read("steer"))]
+    return "\n".join(parts).strip()
 
 
 def _structures() -> list[str]:
@@ -140,6 +142,26 @@ def _seen(found: dict[str, Any]) -> str:
     return (
         "Seeing, forward included, over the forward alone at 8,192 tokens "
         f"(`python -m benchmarks.observe`): {'; '.join(parts)}."
+    )
+
+
+def _steered(found: dict[str, Any]) -> str:
+    """Prefill (attention's time, the model's) and a token, at 4,096 tokens."""
+    group = found["groups"].get("4096")
+    if group is None:
+        return "Steering: not measured at 4,096 tokens."
+    parts = []
+    for name, cell in group["lines"].items():
+        if cell["status"] != "ok":
+            parts.append(f"{name} {cell['status']}")
+        elif cell["moved"]:
+            times = [cell[k] for k in ("prefill, attention", "prefill, model", "token, model")]
+            parts.append(f"{name} " + " / ".join(f"{one:.2f}" for one in times))
+    kept = sum(goal["holds"] for goal in found["goals"])
+    return (
+        "Steering over the plain fused model at 4,096 tokens, as attention in a prefill / the "
+        "model in a prefill / the model for a decoded token (`python -m benchmarks.steer`; "
+        f"{kept} of {len(found['goals'])} goals hold): {'; '.join(parts)}."
     )
 
 

@@ -42,3 +42,18 @@ def test_a_price_is_read_from_the_cells(monkeypatch: pytest.MonkeyPatch) -> None
     assert "grid 2-D: not measured" in said
     assert "stale" not in said
     assert prices.filled(said) == said
+
+
+def test_what_steering_costs() -> None:
+    times = {"prefill, attention": 1.1, "prefill, model": 1.04, "token, model": 1.2}
+    lines = {
+        "plain, fused": {"status": "ok", "moved": 0.0, **times},
+        "KeyShift": {"status": "ok", "moved": 0.5, **times},
+        "broken": {"status": "failed"},
+    }
+    found = {"groups": {"4096": {"lines": lines}}, "goals": [{"holds": True}, {"holds": False}]}
+    text = readme._steered(found)
+    assert "KeyShift 1.10 / 1.04 / 1.20; broken failed." in text
+    assert "1 of 2 goals hold" in text
+    assert "plain" not in text.split("hold)")[1]
+    assert "not measured" in readme._steered({"groups": {}, "goals": []})
