@@ -40,7 +40,7 @@ $(OLDEST)/.stamp: Makefile pyproject.toml constraints.txt
 	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/constraints.txt "transformers==$(FLOOR)" \
-		pydantic pillow pytest pytest-timeout
+		pydantic pillow peft pytest pytest-timeout
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 

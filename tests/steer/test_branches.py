@@ -385,7 +385,8 @@ def test_bfloat16(decoder: Any) -> None:
 @torch.no_grad()
 def test_peft(decoder: Any) -> None:
     """The adapter's generate goes to the model inside: the branch follows it there."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(decoder.model, config).eval()
