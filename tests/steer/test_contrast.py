@@ -224,14 +224,13 @@ def test_fits_find_the_planted_heads() -> None:
 
 
 def test_logistic_regression_is_the_usual_one() -> None:
-    linear = pytest.importorskip("sklearn.linear_model")
+    from sklearn.linear_model import LogisticRegression
+
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(80, 5, generator=generator)
     y = (x[:, 0] - 0.5 * x[:, 3] + 0.7 * torch.randn(80, generator=generator) > 0.2).float()
     weights, intercept = logistic(x, y)
-    other = linear.LogisticRegression(tol=1e-10, max_iter=1000).fit(
-        x.double().numpy(), y.double().numpy()
-    )
+    other = LogisticRegression(tol=1e-10, max_iter=1000).fit(x.double().numpy(), y.double().numpy())
     assert torch.allclose(weights, torch.tensor(other.coef_[0]), atol=1e-4)
     assert abs(float(intercept) - float(other.intercept_[0])) < 1e-4
 
