@@ -128,9 +128,9 @@ def steer(
     .. math:: p'_{ij} \propto p_{ij}\, e^{\sum_r B^r_{ij}} \prod_r m'^r_{i g(j)} / m^r_{i g(j)}
 
     Works under ``generate`` with any cache, padding on either side, sampling, several sequences and
-    beams. Contexts nest: biases add up, reallocations run outer first. Heads, rows and queries that
-    no rule changes are the model's own output bit for bit, and so is the model afterwards, also
-    after an exception.
+    beams (rules on next-token scores, with branches or with a loop refuse beams). Contexts nest:
+    biases add up, reallocations run outer first. Heads, rows and queries that no rule changes are
+    the model's own output bit for bit, and so is the model afterwards, also after an exception.
 
     Args:
         model: a transformers model whose attention goes through its attention interface.
