@@ -97,7 +97,11 @@ def joined(chat: Chat, separator: str, media: Sequence[str] = ()) -> Layout:
 
 
 def rendered(
-    apply: Callable[..., Any], chat: Chat, separator: str, media: Sequence[str] = ()
+    apply: Callable[..., Any],
+    chat: Chat,
+    separator: str,
+    media: Sequence[str] = (),
+    pieces: bool = False,
 ) -> Layout:
     """What the template makes of the messages, `media` ("image" or "video") before the question.
 
@@ -106,6 +110,7 @@ def rendered(
 
     Args:
         apply: ``apply_chat_template`` of a tokenizer or of a processor.
+        pieces: whether the template takes contents as lists of pieces, as those of processors do.
     """
     parts: dict[str, Part] = {}
     marked: list[dict[str, Any]] = []
@@ -118,8 +123,8 @@ def rendered(
             texts.append(content.strip())
             parts[signs[-1]] = (name, texts[-1])
         before = media if users and number == users[-1] else ()
-        for made, pieces in ((marked, signs), (real, texts)):
-            content = _content(separator.join(pieces), before, bool(media))
+        for made, words in ((marked, signs), (real, texts)):
+            content = _content(separator.join(words), before, pieces or bool(media))
             made.append({"role": role, "content": content})
     options = {"tokenize": False, "add_generation_prompt": chat[-1][0] != "assistant"}
     try:

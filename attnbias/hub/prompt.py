@@ -87,14 +87,15 @@ def prompt(
     limit = max_length if max_length is not None else getattr(tokenizer, "model_max_length", None)
     if media.kinds:
         layout, templated = media.layout(chat, separator)
-        # As processors do: a template that writes the first token itself needs no second one.
-        bos = getattr(tokenizer, "bos_token", None)
-        special = not (templated and bos and layout.whole.startswith(bos))
+        special = not (templated and _begun(tokenizer, layout.whole))
         inputs, offsets, text, places = media.encode(layout, special)
     else:
-        template = getattr(tokenizer, "chat_template", None)
+        # A processor's own template writes for the model that it belongs to, images or none.
+        pieces = processor is not tokenizer and bool(getattr(processor, "chat_template", None))
+        writer = processor if pieces else tokenizer
+        template = getattr(writer, "chat_template", None)
         layout = (
-            rendered(tokenizer.apply_chat_template, chat, separator)
+            rendered(writer.apply_chat_template, chat, separator, pieces=pieces)
             if template
             else joined(chat, separator)
         )
@@ -103,7 +104,7 @@ def prompt(
             text,
             return_offsets_mapping=True,
             return_tensors="pt",
-            add_special_tokens=not template,
+            add_special_tokens=not _begun(tokenizer, text) if pieces else not template,
             verbose=False,
         )
         offsets = inputs.pop("offset_mapping")[0].tolist()
@@ -129,6 +130,12 @@ def prompt(
     spans["generated"] = (len(offsets), None)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     return Prompt(dict(inputs), spans, [str(token) for token in tokens], text)
+
+
+def _begun(tokenizer: Any, text: str) -> bool:
+    """Whether a processor's template has written the first token itself: no second one then."""
+    bos = getattr(tokenizer, "bos_token", None)
+    return bool(bos and text.startswith(bos))
 
 
 def _pictures(image: Any, images: Sequence[Any]) -> list[Any]:

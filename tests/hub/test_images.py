@@ -87,6 +87,22 @@ def test_spans_of_ready_inputs_are_those_of_the_prompt(name: str) -> None:
     assert found == {key: made.spans[key] for key in ("image 0", "image 1", "image", "generated")}
 
 
+@pytest.mark.parametrize("name", VLMS)
+def test_a_text_alone_goes_through_the_processors_template(name: str) -> None:
+    """Its template takes lists of pieces; the tokens are those of the processor itself."""
+    tool = processor(name)
+    found = ab.prompt(tool, "who are you ?", documents=["a dog sits"])
+    chat = [{"role": "user", "content": [{"type": "text", "text": "a dog sits\n\nwho are you ?"}]}]
+    text = tool.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert found.text == text
+    options = {"tokenize": True, "add_generation_prompt": True, "return_tensors": "pt"}
+    own = tool.apply_chat_template(chat, return_dict=True, **options)["input_ids"]
+    assert torch.equal(found.inputs["input_ids"], own)
+    start, stop = found.spans["document 0"]
+    assert found.tokens[start:stop] == ["a", "dog", "sits"]
+    assert "image" not in found.spans
+
+
 def test_a_video() -> None:
     made = ab.prompt(processor("qwen2_vl"), QUESTION, video=[picture(k) for k in range(4)])
     assert words_of(made, "video").split() == ["<|video_pad|>"] * 8
