@@ -157,8 +157,8 @@ class Lane:
         assert tokens is not None
         kinds, extras = dict(chunk.kinds), {} if again else dict(chunk.extras)
         self._compacted = compact = self._compacted or not bool((keep == real).all())
-        if self._branch.without and any(MEDIA.search(name) for name in extras):
-            self._drop_media(extras, tokens, real & ~keep, keep)
+        if any(MEDIA.search(name) for name in extras):
+            self._drop_media(extras, tokens, real & ~keep, keep, record.inside(start))
         order = None
         if compact:
             order, keep = compacted(keep, type(self._rule).__name__, self._name)
@@ -324,14 +324,17 @@ class Lane:
         return (self._real.long().cumsum(-1) - 1).clamp(min=0)[:, -order.shape[1] :]
 
     def _drop_media(
-        self, extras: dict[str, Any], tokens: Tensor, gone: Tensor, keep: Tensor
+        self, extras: dict[str, Any], tokens: Tensor, gone: Tensor, keep: Tensor, late: bool
     ) -> None:
-        """Leave out pixels whose tokens are left out; some of several images is refused."""
+        """Leave out pixels whose tokens are left out; some of several images is refused.
+
+        late: the branch begins after the first token of a forward (it shares the cache before).
+        """
         config = getattr(self._owners[0], "config", None)
         names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
         marks = [mark for name in names if isinstance(mark := getattr(config, name, None), int)]
         if tokens.is_floating_point() or not marks:
-            lost, left = bool(gone.any()), False
+            lost, left = bool(gone.any()) and bool(self._branch.without), False
         else:
             media = torch.isin(tokens, torch.tensor(marks, device=tokens.device))
             lost, left = bool((media & gone).any()), bool((media & keep).any())
@@ -341,7 +344,9 @@ class Lane:
                 "branch, but other images or videos stay in the batch: leave out all or none."
             )
         self._lost = self._lost or lost
-        if self._lost and not left:  # some versions repeat the grids of images at every step
+        if (
+            self._lost or late
+        ) and not left:  # some versions repeat the grids of images at every step
             for name in [name for name in extras if MEDIA.search(name)]:
                 del extras[name]
 

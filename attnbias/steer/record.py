@@ -111,6 +111,15 @@ class Record:
         gap = (given[..., 1:] - given[..., :-1]) * removed[:, :-1]
         return given - torch.nn.functional.pad(gap.cumsum(-1), (1, 0))
 
+    def inside(self, start: int) -> bool:
+        """Whether a token stands inside a forward's tokens, not at their beginning."""
+        place = 0
+        for chunk in self.chunks:
+            if place < start < place + chunk.length:
+                return True
+            place += chunk.length
+        return False
+
     def cut(self, length: int) -> None:
         """Forget what came after: the caller has cropped the cache."""
         self.real = self.real[:, :length]

@@ -814,4 +814,11 @@ DEFECTS: tuple[Defect, ...] = (
         "sign = 1",
         ("tests/protocols/test_reproduce.py::test_gains_are_paired_and_follow_what_is_better",),
     ),
+    Defect(
+        "pixels-fed-to-a-branch-that-shares-the-prompt",
+        "attnbias/steer/branch.py",
+        "if (self._lost or late) and not left:",
+        "if self._lost and not left:",
+        ("tests/steer/test_branch_rules.py::TestDeCoRe::test_equals_the_oracle",),
+    ),
 )

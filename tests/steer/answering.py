@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 NAME = "tapped"
+EXTRA = ("pixel_values", "image_grid_thw", "mm_token_type_ids", "token_type_ids")
+TEXT = ("LlamaAttention", "MistralAttention", "Qwen2VLAttention", "Gemma3Attention")
 
 
 class Tap:
@@ -34,14 +36,19 @@ _TAPS: list[Tap] = []
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **given: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **given: Any,
 ) -> Any:
     group = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(group, 1) for t in (key, value))
     scores = query @ key.mT * given["scaling"]
-    if mask is not None:
-        scores = scores + mask[..., : key.shape[2]]
-    text = type(module).__name__ in ("LlamaAttention", "MistralAttention")
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[2]]
+    text = type(module).__name__ in TEXT
     tap = _TAPS[-1] if _TAPS and text else Tap()
     layer = module.layer_idx if text else 0
     tap.raw[layer] = scores
@@ -77,12 +84,34 @@ def last_scores(forward: Any, inputs: dict[str, Tensor]) -> Tensor:
     return found
 
 
+def one_row(
+    inputs: dict[str, Tensor], row: int, keep: Tensor, shares: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """One row's inputs without padding; `shares`: how many rows of an input belong to a row."""
+    found, shape = {}, inputs["input_ids"].shape
+    for name, value in inputs.items():
+        size = shares.get(name, 1)
+        found[name] = value[row * size : (row + 1) * size]
+        if value.shape == shape:
+            found[name] = found[name][:, keep]
+    return found
+
+
+def prefix(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """One row's inputs up to a token."""
+    shape = inputs["input_ids"].shape
+    return {n: v[:, :length] if v.shape == shape else v for n, v in inputs.items()}
+
+
 @contextlib.contextmanager
-def answering(model: Any, scores: Scores) -> Iterator[None]:
+def answering(
+    model: Any, scores: Scores, shares: Mapping[str, int] | None = None
+) -> Iterator[None]:
     """The model with other next-token scores after the last real token of each row.
 
     Args:
         scores: of the plain forward, one row's inputs without padding and the length of its prompt.
+        shares: see `one_row`.
     """
     plain = model.forward
     prompts: dict[int, int] = {}
@@ -98,9 +127,8 @@ def answering(model: Any, scores: Scores) -> Iterator[None]:
                 torch.ones_like(input_ids[row]) if attention_mask is None else attention_mask[row]
             )
             places = keep.nonzero()[:, 0]
-            inputs = {"input_ids": input_ids[row : row + 1, places]}
-            if "pixel_values" in given:
-                inputs["pixel_values"] = given["pixel_values"][row : row + 1]
+            tensors = {name: v for name, v in given.items() if name in EXTRA}
+            inputs = one_row({"input_ids": input_ids, **tensors}, row, places, shares or {})
             prompt = prompts.setdefault(row, len(places))
             logits[row, places[-1]] = scores(plain, inputs, prompt)
         out["logits"] = logits
@@ -115,7 +143,15 @@ def answering(model: Any, scores: Scores) -> Iterator[None]:
         model.generation_config.use_cache = cached
 
 
-def without(inputs: dict[str, Tensor], span: tuple[int, int]) -> dict[str, Tensor]:
-    """One row's inputs without the tokens of a span."""
-    ids = inputs["input_ids"]
-    return {"input_ids": torch.cat([ids[:, : span[0]], ids[:, span[1] :]], 1)}
+def without(
+    inputs: dict[str, Tensor], span: tuple[int, int], image: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
+    """One row's inputs without the tokens of a span, and without images where it is theirs."""
+    shape = inputs["input_ids"].shape
+    found = {
+        name: torch.cat([value[:, : span[0]], value[:, span[1] :]], 1)
+        for name, value in inputs.items()
+        if value.shape == shape
+    }
+    kept = {} if span == image else {n: v for n, v in inputs.items() if n not in found}
+    return {**kept, **found}

@@ -11,8 +11,17 @@ from torch import Tensor
 
 import attnbias as ab
 from tests.cases.hook import HookCase
-from tests.steer.answering import Tap, answering, last_scores, tapped, without
-from tests.steer.models import Subject
+from tests.steer.answering import (
+    EXTRA,
+    Tap,
+    answering,
+    last_scores,
+    one_row,
+    prefix,
+    tapped,
+    without,
+)
+from tests.steer.models import VLMS, Subject
 
 IMAGE, QUESTION, CONTEXT = (2, 6), (6, 7), (7, 9)
 FLOOR = 1e-30  # a mask that hides nothing: infinities cannot be compared
@@ -47,7 +56,7 @@ class BranchCase(HookCase):
         def scores(plain: Any, inputs: dict[str, Tensor], prompt: int) -> Tensor:
             return self.scores(model, rule, plain, inputs, prompt)
 
-        return answering(model, scores)
+        return answering(model, scores, subject.shares)
 
 
 def span(where: tuple[int, int]) -> slice:
@@ -60,7 +69,7 @@ class TestALFAR(BranchCase):
     zero: ClassVar[Any] = {"strength": 0.0, "fusion": False}
     small: ClassVar[Any] = {"form": "paper", "similarity": 0.9, "plausibility": FLOOR}
     large: ClassVar[Any] = {"strength": 2.0, "plausibility": FLOOR, "keep_scale": True}
-    subjects: ClassVar[tuple[str, ...]] = ("stories", "mistral", "llava")
+    subjects: ClassVar[tuple[str, ...]] = ("stories", "mistral", *VLMS)
 
     def scores(
         self, model: Any, rule: Any, plain: Any, inputs: dict[str, Tensor], prompt: int
@@ -90,7 +99,7 @@ class TestALFAR(BranchCase):
         if min(row[span(IMAGE)].sum(), row[span(CONTEXT)].sum()) < 1e-6:
             return told
         with tapped(model, Tap()):
-            bare = last_scores(plain, {**inputs, **without(inputs, CONTEXT)})
+            bare = last_scores(plain, without(inputs, CONTEXT))
         fused = (1 + 1 / ratio) * told - (1 - ratio) * bare
         if rule.keep_scale:
             fused = fused / (ratio + 1 / ratio)
@@ -114,7 +123,7 @@ class TestAVISC(BranchCase):
     zero: ClassVar[Any] = {"strength": 0.0}
     small: ClassVar[Any] = {"strength": 0.5, "plausibility": FLOOR}
     large: ClassVar[Any] = {"deviations": 0.0, "share": 0.8, "plausibility": FLOOR}
-    subjects: ClassVar[tuple[str, ...]] = ("stories", "llava")
+    subjects: ClassVar[tuple[str, ...]] = ("stories", *VLMS)
     generates: ClassVar[tuple[str, ...]] = ("stories",)
 
     def scores(
@@ -122,7 +131,7 @@ class TestAVISC(BranchCase):
     ) -> Tensor:
         with tapped(model, Tap()):
             base = last_scores(plain, inputs)
-        first = {**inputs, "input_ids": inputs["input_ids"][:, :prompt]}
+        first = prefix(inputs, prompt)
         with tapped(model, Tap()) as tap:
             last_scores(plain, first)
         rows = [tap.maps[n][0, :, prompt - 1].mean(0)[span(IMAGE)] for n in sorted(tap.maps)]
@@ -163,6 +172,7 @@ class TestDeCoRe(BranchCase):
     zero: ClassVar[Any] = {"strength": 0.0}
     small: ClassVar[Any] = {"strength": 0.5, "mode": "zero"}
     large: ClassVar[Any] = {"most": 6.0}
+    subjects: ClassVar[tuple[str, ...]] = ("stories", "mistral", *VLMS)
 
     def scores(
         self, model: Any, rule: Any, plain: Any, inputs: dict[str, Tensor], prompt: int
@@ -199,7 +209,7 @@ class TestDAGCD(BranchCase):
     zero: ClassVar[Any] = {"strength": 0.0, **detector}
     small: ClassVar[Any] = {"top_rank": 1000, **detector}
     large: ClassVar[Any] = {"strength": 40.0, "top_rank": 1000, **detector}
-    subjects: ClassVar[tuple[str, ...]] = ("stories", "llava")
+    subjects: ClassVar[tuple[str, ...]] = ("stories", *VLMS)
     generates: ClassVar[tuple[str, ...]] = ("stories",)
 
     def scores(
@@ -239,7 +249,7 @@ class TestVHR(BranchCase):
     zero: ClassVar[Any] = {"strength": 1.0}
     small: ClassVar[Any] = {"strength": 1.2}
     large: ClassVar[Any] = {"strength": 2.0}
-    subjects: ClassVar[tuple[str, ...]] = ("stories", "llava")
+    subjects: ClassVar[tuple[str, ...]] = ("stories", *VLMS)
     generates: ClassVar[tuple[str, ...]] = ("stories",)
 
     def spans(self, subject: Subject) -> dict[str, Any]:
@@ -248,14 +258,17 @@ class TestVHR(BranchCase):
     def scores(
         self, model: Any, rule: Any, plain: Any, inputs: dict[str, Tensor], prompt: int
     ) -> Tensor:
-        first = {**inputs, "input_ids": inputs["input_ids"][:, :prompt]}
+        first = prefix(inputs, prompt)
         with tapped(model, Tap()) as blank:
-            last_scores(plain, without(first, IMAGE))
+            last_scores(plain, without(first, IMAGE, image=IMAGE))
         chosen: dict[int, Tensor] = {}
 
         def choose(layer: int, outputs: Tensor) -> Tensor:
             bare = blank.outs[layer][0, :, -1]
-            found = (outputs[0, :, prompt - 1] - bare).square().sum(-1).sqrt()
+            own = outputs[0, :, prompt - 1]
+            found = (own - bare).square().sum(-1).sqrt()
+            # A window that ends after the image leaves rounding alone to choose by.
+            found = torch.where(found < 1e-5 * own.square().sum(-1).sqrt(), 0.0, found)
             surge = bare.square().sum(-1)
             high = found > found.mean() + found.std(correction=0)
             high &= surge > surge.mean() + surge.std(correction=0)
@@ -281,14 +294,13 @@ class TestVHR(BranchCase):
             prompts: dict[int, int] = {}
 
             def forward(input_ids: Tensor, attention_mask: Any = None, **given: Any) -> Any:
-                given = {n: v for n, v in given.items() if n == "pixel_values"}
+                given = {n: v for n, v in given.items() if n in EXTRA}
                 out = plain(input_ids=input_ids, attention_mask=attention_mask, **given)
                 for row in range(len(input_ids)):
                     keep = torch.ones_like(input_ids[row])
                     keep = (keep if attention_mask is None else attention_mask[row]).bool()
-                    inputs = {"input_ids": input_ids[row : row + 1, keep]}
-                    if given:
-                        inputs["pixel_values"] = given["pixel_values"][row : row + 1]
+                    every = {"input_ids": input_ids, **given}
+                    inputs = one_row(every, row, keep.nonzero()[:, 0], subject.shares)
                     prompt = prompts.setdefault(row, int(keep.sum()))
                     found: list[Tensor] = []
 
