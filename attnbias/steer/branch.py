@@ -344,9 +344,8 @@ class Lane:
                 "branch, but other images or videos stay in the batch: leave out all or none."
             )
         self._lost = self._lost or lost
-        if (
-            self._lost or late
-        ) and not left:  # some versions repeat the grids of images at every step
+        # Some versions of transformers repeat the grids of images at every step.
+        if (self._lost or late) and not left:
             for name in [name for name in extras if MEDIA.search(name)]:
                 del extras[name]
 
