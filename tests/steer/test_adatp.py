@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ import attnbias as ab
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.steer.budget import chosen, shared_out
 from attnbias.steer.rules.adatp import AdaTP, Clip
+from tests.cases.hook import HookCase
 from tests.cases.rule import RELATIVE, off, padded
 from tests.steer.dense import rewritten
 from tests.steer.models import VLMS, Subject, make
@@ -119,38 +120,57 @@ def row_plans(subject: Subject, model: Any, plans: list[Any], positions: Tensor)
             handle.remove()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", VLMS)
-def test_equals_the_plain_rewrite(name: str, request: pytest.FixtureRequest) -> None:
-    """Prefill and every decode step, each row with segments and relevance of its own."""
-    subject = make(name, request)
-    rule, model, inputs = rule_of(subject), subject.eager(), dict(subject.inputs)
-    with ab.steer(subject.model, rule, spans=subject.spans):
-        found = subject.run()
-        made = subject.model.generate(
-            **inputs,
-            max_new_tokens=4,
-            do_sample=False,
-            eos_token_id=None,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    positions = torch.arange(16).expand(2, -1)
-    plan = plans(subject, rule, model, inputs, positions)
-    assert [[len(places) for _, places in row] for row in plan] == [[2, 1], [2, 1]]
-    with row_plans(subject, model, plan, positions):
-        wanted = subject.run(model)
-    for row in range(2):
-        gone = {place for _, places in plan[row] for place in places}
-        rows = [p for p in range(16) if p not in gone]
-        assert off(found[row, rows], wanted[row, rows]) < RELATIVE
-        assert off(subject.run()[row, rows], wanted[row, rows]) > 30 * RELATIVE
-    for step in range(4):
-        positions = torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
+class TestAdaTP(HookCase):
+    """What a dropped token's row is afterwards nobody reads: the kept rows are compared."""
+
+    __test__ = True
+    zero: ClassVar[Any] = ((1, 1.0), (2, 1.0))
+    small: ClassVar[Any] = ((1, 0.75), (2, 0.5))
+    large: ClassVar[Any] = STAGES
+    subjects: ClassVar[tuple[str, ...]] = VLMS
+    padding: ClassVar[tuple[str, ...]] = ()  # spans move with the padding: see `test_padding`
+    caches: ClassVar[tuple[str, ...]] = ()  # decided on the prompt; steps: `test_dropping`
+    generates: ClassVar[tuple[str, ...]] = ()
+
+    def rule(self, strength: Any, **where: Any) -> AdaTP:
+        fields = {"video": ("image",), "shallow": 2, "clips": CLIPS[:1], "towers": ("text",)}
+        return AdaTP(stages=strength, **{**fields, **where})  # type: ignore[arg-type]
+
+    def spans(self, subject: Subject) -> dict[str, Any] | None:
+        return subject.spans
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("name", VLMS)
+    def test_equals_the_oracle(self, name: str, request: pytest.FixtureRequest) -> None:
+        """Prefill and every decode step, each row with segments and relevance of its own."""
+        subject = make(name, request)
+        rule, model, inputs = rule_of(subject), subject.eager(), dict(subject.inputs)
+        with ab.steer(subject.model, rule, spans=subject.spans):
+            found = subject.run()
+            made = subject.model.generate(
+                **inputs,
+                max_new_tokens=4,
+                do_sample=False,
+                eos_token_id=None,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        positions = torch.arange(16).expand(2, -1)
+        plan = plans(subject, rule, model, inputs, positions)
+        assert [[len(places) for _, places in row] for row in plan] == [[2, 1], [2, 1]]
         with row_plans(subject, model, plan, positions):
-            scores = subject.run(model, **inputs, use_cache=False)[:, -1]
-        assert off(made.logits[step], scores) < RELATIVE
-        inputs = grown(inputs, scores.argmax(-1))
+            wanted = subject.run(model)
+        for row in range(2):
+            gone = {place for _, places in plan[row] for place in places}
+            rows = [p for p in range(16) if p not in gone]
+            assert off(found[row, rows], wanted[row, rows]) < RELATIVE
+            assert off(subject.run()[row, rows], wanted[row, rows]) > 30 * RELATIVE
+        for step in range(4):
+            positions = torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
+            with row_plans(subject, model, plan, positions):
+                scores = subject.run(model, **inputs, use_cache=False)[:, -1]
+            assert off(made.logits[step], scores) < RELATIVE
+            inputs = grown(inputs, scores.argmax(-1))
 
 
 @torch.no_grad()

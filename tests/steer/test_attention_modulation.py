@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from attnbias.errors import AttnbiasError
 from attnbias.steer.masses import masses
 from attnbias.steer.rules.attention_modulation import AttentionModulation, Entity
 from tests.cases.rule import RELATIVE, off
+from tests.cases.unet import UNetCase
 from tests.steer.test_diffusion import state
 from tests.steer.unets import dense, inputs, unet
 
@@ -55,6 +56,24 @@ def rewrite(rule: AttentionModulation, rows: Any = (0, 1)) -> Any:
         return torch.stack(out)
 
     return edit
+
+
+class TestAttentionModulation(UNetCase):
+    __test__ = True
+    spans = SPANS
+    zero: ClassVar[Any] = {
+        "temperature": 1.0,
+        "masking": False,
+        "phases": ((1.0, 1.0, 1.0),),
+    }
+    strengths: ClassVar[tuple[Any, ...]] = ({"masking": False}, {"temperature": 0.5})
+    steps = (950, 650, 100)
+
+    def rule(self, strength: dict[str, Any]) -> AttentionModulation:
+        return AttentionModulation(entities=ENTITIES, **strength)
+
+    def oracle(self, model: Any, strength: dict[str, Any], timestep: int) -> Any:
+        return dense(model, rewrite(self.rule(strength)), timestep)
 
 
 @torch.no_grad()

@@ -65,6 +65,27 @@ class TestFoundInTheMiddle(RuleCase):
 
         return rewrite
 
+    def test_ranking_by_eager_maps(self, request: pytest.FixtureRequest) -> None:
+        subject = make("stories", request)
+        eager = subject.eager()
+        given = prompt()
+        found = ab.rules.rank_documents(subject.model, given, dummy=DUMMY)
+        assert found.documents == ("document 0", "document 1", "document 2")
+        assert found.depth == 5
+        assert found.sizes == (3, 5, 2)
+        ids = given.inputs["input_ids"]
+        assert found.attention == pytest.approx(by_hand(eager, ids), rel=1e-4)
+        for number, (start, stop) in enumerate(list(SPANS.values())[:3]):
+            filled = ids.clone()
+            for place in range(start, stop):
+                filled[0, place] = DUMMY[(place - start) % 3]
+            assert found.bias[number] == pytest.approx(by_hand(eager, filled)[number], rel=1e-4)
+        assert found.relevance == pytest.approx(
+            [a - b for a, b in zip(found.attention, found.bias, strict=True)]
+        )
+        order = sorted(range(3), key=lambda k: found.relevance[k], reverse=True)
+        assert found.order == tuple(f"document {k}" for k in order)
+
 
 # The ranking --------------------------------------------------------------------------------------
 
@@ -84,28 +105,6 @@ def by_hand(model: Any, ids: Tensor) -> list[float]:
     maps = torch.stack(model(input_ids=ids, output_attentions=True).attentions).double()
     row = maps[:, 0, :, -1].mean((0, 1))
     return [float(row[a:b].mean()) for a, b in list(SPANS.values())[:3]]
-
-
-def test_ranking_by_eager_maps(request: pytest.FixtureRequest) -> None:
-    subject = make("stories", request)
-    eager = subject.eager()
-    given = prompt()
-    found = ab.rules.rank_documents(subject.model, given, dummy=DUMMY)
-    assert found.documents == ("document 0", "document 1", "document 2")
-    assert found.depth == 5
-    assert found.sizes == (3, 5, 2)
-    ids = given.inputs["input_ids"]
-    assert found.attention == pytest.approx(by_hand(eager, ids), rel=1e-4)
-    for number, (start, stop) in enumerate(list(SPANS.values())[:3]):
-        filled = ids.clone()
-        for place in range(start, stop):
-            filled[0, place] = DUMMY[(place - start) % 3]
-        assert found.bias[number] == pytest.approx(by_hand(eager, filled)[number], rel=1e-4)
-    assert found.relevance == pytest.approx(
-        [a - b for a, b in zip(found.attention, found.bias, strict=True)]
-    )
-    order = sorted(range(3), key=lambda k: found.relevance[k], reverse=True)
-    assert found.order == tuple(f"document {k}" for k in order)
 
 
 def test_a_padded_prompt_is_ranked_as_without_padding(request: pytest.FixtureRequest) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 import attnbias as ab
 from attnbias.steer import Loop, Rule, SiteCall
 from attnbias.steer.rules import GAME, Detector
+from tests.cases.driver import DriverCase
 from tests.cases.rule import padded
 from tests.steer.dense import DenseEdit, Map, rewritten
 from tests.steer.models import Subject, make
@@ -184,6 +185,19 @@ def plain_loop(model: Any, ids: Tensor, rule: GAME, length: int) -> tuple[Tensor
             tokens, _ = run(cache, ids[:, -1:], count, edit)
         ids = torch.cat([ids, tokens], 1)
     return ids, redone
+
+
+class TestGAME(DriverCase):
+    __test__ = True
+
+    def rule(self, subject: Subject) -> GAME:
+        return game(subject, threshold=1 - 1e-9, step=0.4)
+
+    def neutral(self, subject: Subject) -> GAME:
+        return game(subject, threshold=1 - 1e-9, step=0.0)
+
+    def oracle(self, model: Any, ids: Tensor, rule: GAME) -> Tensor:
+        return plain_loop(model, ids, rule, self.count)[0]
 
 
 def test_decoding_is_that_of_a_plain_loop(subject: Subject) -> None:

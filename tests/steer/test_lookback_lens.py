@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from attnbias.hub import attach
 from attnbias.steer.context import Editing
 from attnbias.steer.lookback import stacked
 from attnbias.steer.rules import Detector, LabelledText, LookbackLens
+from tests.cases.driver import DriverCase
 from tests.cases.rule import padded
 from tests.steer.models import Subject, make
 
@@ -271,6 +272,19 @@ def plain_loop(
             scores.append(float(weights @ ratios[:, ids.shape[1] - 1 : -1].mean(-1)))
         ids = many[scores.index(max(scores))][None]
     return ids
+
+
+class TestLookbackLens(DriverCase):
+    __test__ = True
+    plain_by: ClassVar[dict[str, Any]] = {}
+
+    def rule(self, subject: Subject) -> LookbackLens:
+        found = fitted(subject, count=3, chunk=4)
+        assert isinstance(found.detector, Detector)
+        return found
+
+    def oracle(self, model: Any, ids: Tensor, rule: LookbackLens) -> Tensor:
+        return plain_loop(model, ids, rule, self.count, CONTEXT)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class TestPersonaVector(HookCase):
         return subject
 
     def rule(self, strength: float, **where: Any) -> Any:
-        return Persona(
+        return ab.rules.PersonaVector(
             directions={1: drawn(self.size, 1)}, strength=strength, tokens_at="all", **where
         )
 

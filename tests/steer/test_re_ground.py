@@ -16,6 +16,7 @@ import attnbias as ab
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.steer.rules.re_ground import ReGround
 from tests.cases.rule import RELATIVE, off
+from tests.cases.unet import UNetCase
 from tests.steer.test_diffusion import state
 from tests.steer.unets import boxes, inputs, order, unet
 
@@ -59,6 +60,22 @@ def by_hand(model: Any, beta: Any, parallel: Any = lambda layer: True) -> Iterat
 
         block.forward = forward
     yield other
+
+
+class TestReGround(UNetCase):
+    __test__ = True
+    gated = True
+    zero, strengths = False, (True,)
+    steps = (950,)
+
+    def rule(self, strength: bool) -> ReGround:
+        return ReGround(parallel=strength)
+
+    def oracle(self, model: Any, strength: bool, timestep: int) -> Any:
+        return by_hand(model, 1.0, lambda layer: strength)
+
+    def given(self, timestep: int = 950) -> dict[str, Any]:
+        return {**inputs(timestep=timestep), **boxes()}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from attnbias.steer import Loop, Rule, SiteCall
 from attnbias.steer.rule import Heads, Layers
 from attnbias.steer.rules import SGRS
 from attnbias.steer.rules.sgrs import Row
+from tests.cases.driver import DriverCase
 from tests.cases.rule import padded
 from tests.steer.models import Subject, make
 
@@ -229,6 +230,18 @@ def plain_loop(model: Any, ids: Tensor, rule: SGRS, length: int, start: int) -> 
         )
         ids = torch.cat([ids, torch.tensor([[token]])], 1)
     return ids
+
+
+class TestSGRS(DriverCase):
+    __test__ = True
+    span = "image"
+    plain_by: ClassVar[dict[str, Any]] = {}
+
+    def rule(self, subject: Subject) -> SGRS:
+        return SGRS(layers=(1, 3))
+
+    def oracle(self, model: Any, ids: Tensor, rule: SGRS) -> Tensor:
+        return plain_loop(model, ids, rule, self.count, self.place[1])
 
 
 @pytest.mark.parametrize("fields", [{}, {"row": "candidate"}, {"alpha": 1.0, "count": 3}])

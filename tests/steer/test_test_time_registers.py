@@ -103,7 +103,7 @@ class TestTestTimeRegisters(HookCase):
     caches = ()
     generates = ("llava",)
 
-    def rule(self, strength: Any, **where: Any) -> Registers:
+    def rule(self, strength: Any, **where: Any) -> ab.rules.TestTimeRegisters:
         if strength is None:
             return Registers(neurons=NEURONS, num_registers=0, rest="same", **where)
         return Registers(neurons=NEURONS, scale=strength, **where)
