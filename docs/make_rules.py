@@ -38,6 +38,7 @@ HOOKS = {
     "branches": "a second forward beside the main one",
     "decode": "the loop of `generate`",
     "prepare": "a measurement of each prompt",
+    "wire": "the order of a UNet block's parts",
 }
 SECTIONS = ("Args:", "Attributes:", "Cost:", "Raises:", "Source:")
 HEAD = "<!-- made by `python docs/make_rules.py` -->\n"
