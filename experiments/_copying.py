@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments._tiny import decoder, schooling
+
 BOS, SO = 0, 1
 FIRST, SYMBOLS = 2, 30  # tokens of the text
 OWN = 8  # the symbols that the decoder knows by heart: FIRST to FIRST + OWN
@@ -56,25 +58,9 @@ def texts(rows: int, length: int, generator: torch.Generator) -> Tensor:
 @lru_cache(maxsize=8)
 def copying(seed: int, steps: int = 300) -> Copying:
     """Train such a decoder: a few seconds on one thread."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=128,
-        bos_token_id=BOS,
-        pad_token_id=BOS,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    model = decoder(seed, VOCABULARY, key_heads=2, length=128)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    optimizer, plan = schooling(model, steps)
     for _ in range(steps):
         ids = texts(48, 24, generator)
         logits = model(ids).logits[:, START - 1 : -1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnbias.hub.prompt import Prompt
+from experiments._tiny import decoder, schooling
 
 BOS, ASK, DUMMY = 0, 1, 2
 NOISE, FACT, VALUES = 3, 15, 16  # a fact is a value, marked as good or not
@@ -54,25 +55,9 @@ def cases(rows: int, generator: torch.Generator, slot: Tensor | None = None) -> 
 @lru_cache(maxsize=8)
 def slots(seed: int, steps: int = 320) -> Any:
     """Train the decoder: some seconds on one thread."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        bos_token_id=BOS,
-        pad_token_id=BOS,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    model = decoder(seed, VOCABULARY)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    optimizer, plan = schooling(model, steps)
     for _ in range(steps):
         batch = cases(96, generator)
         tokens = batch.tokens.clone()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments._tiny import decoder, schooling
+
 ENTITIES, VALUES, NOISE = 8, 6, 6
 KNOWN = 4  # entities 0 to 3 have a learnt value, the others are only ever told
 IMAGE, FACTS = 4, 4
@@ -75,26 +77,10 @@ def _prompts(prior: Tensor, rows: int, generator: torch.Generator, known: float)
 @torch.enable_grad()
 def conflict(seed: int, trust: float = 0.45, steps: int = 400) -> Conflict:
     """Train a `Conflict` decoder: a few seconds on one thread."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        bos_token_id=BOS,
-        pad_token_id=BOS,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    model = decoder(seed, VOCABULARY)
     generator = torch.Generator().manual_seed(seed)
     prior = torch.randint(VALUES, (ENTITIES,), generator=generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    optimizer, plan = schooling(model, steps)
     for _ in range(steps):
         batch = _prompts(prior, 96, generator, 0.5)
         known = torch.isin(batch.tokens, torch.arange(ENTITY, ENTITY + KNOWN)).any(1)

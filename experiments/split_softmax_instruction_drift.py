@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import attnbias as ab
+from experiments._tiny import decoder, schooling
 from experiments.common import Experiment
 
 BOS, ASK, MODES, WORDS = 0, 1, 6, 20
@@ -38,25 +39,9 @@ def dialogues(rows: int, length: int, generator: torch.Generator) -> tuple[Tenso
 @lru_cache(maxsize=8)
 def trained(seed: int, steps: int = 200) -> Any:
     """Train on dialogues of 2 to `SHORT` words: a few seconds on one thread."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        max_position_embeddings=128,
-        bos_token_id=BOS,
-        pad_token_id=BOS,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    model = decoder(seed, VOCABULARY, key_heads=2, length=128)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    optimizer, plan = schooling(model, steps)
     for step in range(steps):
         tokens, reply = dialogues(64, 2 + step % (SHORT - 1), generator)
         logits = model(tokens, logits_to_keep=1).logits[:, -1]
