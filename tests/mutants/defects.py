@@ -451,7 +451,7 @@ DEFECTS: tuple[Defect, ...] = (
         "attnbias/hub/subset.py",
         "return whole.gather(dim, index.to(tensor.device).view(view).expand(shape))",
         "return whole.gather(dim, index[:1].expand_as(index).reshape(view).expand(shape))",
-        ("tests/steer/test_adatp.py::test_equals_the_plain_rewrite",),
+        ("tests/steer/test_adatp.py::TestAdaTP::test_equals_the_oracle",),
     ),
     Defect(
         "window-by-count-after-dropping",
@@ -662,7 +662,9 @@ DEFECTS: tuple[Defect, ...] = (
         "attnbias/steer/documents.py",
         'filled = inputs["input_ids"].clone()',
         'filled = inputs["input_ids"]',
-        ("tests/steer/test_found_in_the_middle.py::test_ranking_by_eager_maps",),
+        (
+            "tests/steer/test_found_in_the_middle.py::TestFoundInTheMiddle::test_ranking_by_eager_maps",
+        ),
     ),
     Defect(
         "spans-of-the-prompt-come-first",
