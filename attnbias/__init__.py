@@ -32,6 +32,7 @@ from attnbias.bias import (
 from attnbias.errors import AttnbiasError, Refused
 
 if TYPE_CHECKING:
+    from attnbias import measures
     from attnbias.fit import Fit, fit_factors, fit_svd
 
     # From the files that hold them: three of these are named like their file.
@@ -50,6 +51,7 @@ _LAZY = {
     "fit_svd": "attnbias.fit",
     "Recipe": "attnbias.steer",
     "Support": "attnbias.hub",
+    "measures": "attnbias.measures",
     "observe": "attnbias.observe",
     "prompt": "attnbias.hub",
     "rules": "attnbias.steer",
@@ -87,6 +89,7 @@ __all__ = [
     "fit_factors",
     "fit_svd",
     "forms",
+    "measures",
     "merge",
     "observe",
     "prompt",

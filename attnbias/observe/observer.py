@@ -32,10 +32,12 @@ class Observer:
         statistics: list[Statistic],
         *,
         spans: Mapping[str, Any] | None = None,
+        targets: Mapping[str, Tensor] | None = None,
         wanted: set[Site] | None = None,
         fused: bool = True,
     ) -> None:
         self.seen = Seen(statistics, dict(spans or {}))
+        self.targets = dict(targets or {})
         self.statistics, self.wanted, self.fused = statistics, wanted, fused
 
     def begin_forward(self, forward: int) -> None:
@@ -49,7 +51,7 @@ class Observer:
         if self.wanted is not None and call.site not in self.wanted:
             return
         with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
-            scene = Scene(call, extra, lse, self.seen.spans)
+            scene = Scene(call, extra, lse, self.seen.spans, self.targets)
             if scene.batch == 0 or scene.queries == 0 or scene.keys == 0:
                 return
             run = self._run(call, scene)
@@ -78,6 +80,7 @@ def observe(
     statistics: Any,
     *,
     spans: Mapping[str, Any] | None = None,
+    targets: Mapping[str, Any] | None = None,
     layers: str | Iterable[int] | Mapping[str, Iterable[int]] = "all",
     fused: bool = True,
 ) -> Iterator[Seen]:
@@ -100,7 +103,10 @@ def observe(
             (``"received"``).
         spans: name -> ``(start, stop)``, or a list with one such pair (or None) for each row of the
             batch: absolute token positions, 0 is the first real token of a row; ``stop`` None is
-            open, so that the span grows while the model generates.
+            open, so that the span grows while the model generates. Or booleans ``(tokens)`` or
+            ``(batch, tokens)`` by position, for tokens that do not stand together (punctuation).
+        targets: name -> ``(tokens, T)`` or ``(batch, tokens, T)`` integers: for each query position
+            the key positions that `statistics.At` looks at, -1 for none.
         layers: "all", layer numbers (in every tower), or tower -> layer numbers.
         fused: False computes everything from tiles (slower; the same numbers to about 1e-5).
 
@@ -115,10 +121,17 @@ def observe(
 
     found = resolve(statistics)
     checked = check_spans(spans)
+    aimed = check_targets(targets)
     for statistic in found:
         statistic.check(tuple(checked))
+        missing = sorted(set(statistic.aims) - set(aimed))
+        if missing:
+            raise AttnbiasError(
+                f"{statistic.label} needs the targets {', '.join(missing)}, and observe() was "
+                f"given {', '.join(aimed) or 'none'}; write observe(..., targets=...)."
+            )
     wanted = None if layers == "all" else choose(sites(model), layers)
-    observer = Observer(found, spans=checked, wanted=wanted, fused=fused)
+    observer = Observer(found, spans=checked, targets=aimed, wanted=wanted, fused=fused)
     with attach(model, observer):
         yield observer.seen
 
@@ -165,6 +178,26 @@ def check_spans(spans: Mapping[str, Any] | None) -> dict[str, Any]:
     return {_name(name): _span(name, span) for name, span in spans.items()}
 
 
+def check_targets(targets: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """Targets as (batch | 1, tokens, T) integers."""
+    if targets is None:
+        return {}
+    if not isinstance(targets, Mapping):
+        raise AttnbiasError(
+            f"targets must be a mapping of name to key positions, got {type(targets).__name__}."
+        )
+    found = {}
+    for name, given in targets.items():
+        at = torch.as_tensor(given)
+        if at.ndim not in (2, 3) or at.is_floating_point() or at.dtype == torch.bool:
+            raise AttnbiasError(
+                f"targets[{name!r}] must be integers (tokens, T) or (batch, tokens, T), got "
+                f"{at.dtype} of shape {tuple(at.shape)}."
+            )
+        found[_name(name)] = (at if at.ndim == 3 else at[None]).long()
+    return found
+
+
 def _name(name: object) -> str:
     if not isinstance(name, str) or not name:
         raise AttnbiasError(f"the name of a span must be a word, got {name!r}.")
@@ -172,6 +205,13 @@ def _name(name: object) -> str:
 
 
 def _span(name: str, span: Any) -> Any:
+    if isinstance(span, Tensor):
+        if span.dtype != torch.bool or span.ndim not in (1, 2):
+            raise AttnbiasError(
+                f"spans[{name!r}] as a tensor must be booleans (tokens) or (batch, tokens), got "
+                f"{span.dtype} of shape {tuple(span.shape)}."
+            )
+        return span if span.ndim == 2 else span[None]
     if isinstance(span, list) and all(
         row is None or (isinstance(row, (tuple, list)) and len(row) == 2) for row in span
     ):

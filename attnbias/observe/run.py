@@ -31,7 +31,10 @@ class Run:
         counted = scene.counted
         self._queries += counted.sum(-1)
         for place, (statistic, found) in enumerate(zip(self.statistics, sums, strict=True)):
-            if statistic.over == "query":
+            if statistic.over == "sequence":
+                total = self._totals[place]
+                self._totals[place] = found if total is None else total + found
+            elif statistic.over == "query":
                 shown = counted if found.ndim == 3 else counted[..., None]
                 values = torch.where(shown, found, torch.nan).to(scene.query)
                 self._parts[place].append((scene.query_positions, values))
@@ -45,7 +48,7 @@ class Run:
         """The sums of one statistic so far."""
         queries = self._queries.double()
         total = self._totals[place]
-        if self.statistics[place].over == "key":
+        if self.statistics[place].over != "query":
             assert total is not None
             return Gathered(total.clone(), queries)
         return Gathered(_laid_out(self._parts[place]), queries)

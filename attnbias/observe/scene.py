@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HIDDEN = -1e30  # not -inf: the fused operator reports a log-sum-exp of 0 for a row of -inf
 PRECISION = 1e-5  # of an entropy in nats
 ROUNDING = 1.0
+BLOCK = 256  # rows of a bias read at a time
 
 Span = tuple[int, "int | None"]
 
@@ -42,7 +43,9 @@ class Scene:
         query (B, H, N, d), key (B, G, M, d): as the model gave them, after rotary embedding.
         query_positions (B, N), key_positions (B, M): absolute token positions, -1 for padding.
         real (B, N): queries that are tokens and not padding.
-        spans: name -> (B, 2) integers, start and stop (stop is the largest integer when open).
+        spans: name -> (B, 2) integers, start and stop (stop is the largest integer when open), or
+            (B, positions) booleans.
+        targets: name -> (B, positions, T): key positions for each query position, -1 for none.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class Scene:
         extra: Bias | None = None,
         lse: Tensor | None = None,
         spans: Mapping[str, Any] | None = None,
+        targets: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.site = call.site
+        self._value = call.value
         kind = torch.float64 if call.query.dtype == torch.float64 else torch.float32
         self.query, self.key = call.query.detach().to(kind), call.key.detach().to(kind)
         self.batch, self.heads, self.queries, self.width = self.query.shape
@@ -67,6 +72,7 @@ class Scene:
         self.key_positions = call.key_positions.expand(self.batch, -1)
         self.real = self.query_positions >= 0
         self.spans = {name: self._span(name, span) for name, span in (spans or {}).items()}
+        self.targets = {name: self._rows(name, at) for name, at in (targets or {}).items()}
         # The normaliser handed over belongs to the plain scores, and in half precision it carries
         # the fused operator's short exponential (errors of 5e-5): those need one of their own.
         usable = lse is not None and extra is None and call.query.dtype == kind
@@ -74,7 +80,27 @@ class Scene:
         self._kept: dict[str, Tensor] = {}
         self._features: Features | None = None
 
+    @functools.cached_property
+    def value(self) -> Tensor:
+        """(B, G, M, dv): the values, in the precision of `key`."""
+        return self._value.detach().to(self.key)
+
+    def _rows(self, name: str, at: Tensor) -> Tensor:
+        if at.shape[0] not in (1, self.batch):
+            raise AttnbiasError(
+                f"targets[{name!r}] has {at.shape[0]} rows and the batch has {self.batch}; give "
+                "(positions, T) for all rows, or (batch, positions, T)."
+            )
+        return at.to(self.device).expand(self.batch, -1, -1)
+
     def _span(self, name: str, span: Any) -> Tensor:
+        if isinstance(span, Tensor):
+            if len(span) not in (1, self.batch):
+                raise AttnbiasError(
+                    f"spans[{name!r}] has {len(span)} rows and the batch has {self.batch}; give "
+                    "(tokens) for all rows, or (batch, tokens)."
+                )
+            return span.to(self.device).expand(self.batch, -1)
         rows: Sequence[Any] = span if isinstance(span, list) else [span] * self.batch
         if len(rows) != self.batch:
             raise AttnbiasError(
@@ -87,7 +113,11 @@ class Scene:
 
     def in_span(self, name: str) -> Tensor:
         """(B, M) bool: the keys whose position lies in the span; padding never does."""
-        start, stop = self.spans[name][:, :1], self.spans[name][:, 1:]
+        span = self.spans[name]
+        if span.dtype == torch.bool:
+            known = (self.key_positions >= 0) & (self.key_positions < span.shape[1])
+            return span.gather(1, torch.where(known, self.key_positions, 0)) & known
+        start, stop = span[:, :1], span[:, 1:]
         inside = (self.key_positions >= start) & (self.key_positions < stop)
         return inside & (self.key_positions >= 0)
 
@@ -242,6 +272,69 @@ class Scene:
         score = score + self._entries(self.bias, slot)
         p = torch.where(self.counted, torch.exp(score - self.lse), 0.0)
         return p * (keys >= 0)[:, None, None]
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Key positions (B, ...) as the key slots that hold them, -1 where none does."""
+        size = int(self.key_positions.amax()) + 1 if self.key_positions.numel() else 0
+        table = positions.new_full((self.batch, max(size, 1)), -1)
+        for row in range(self.batch):
+            here = (self.key_positions[row] >= 0).nonzero()[:, 0]
+            table[row, self.key_positions[row, here]] = here
+        flat = positions.reshape(self.batch, -1)
+        known = (flat >= 0) & (flat < size)
+        return torch.where(known, table.gather(1, torch.where(known, flat, 0)), -1).reshape(
+            positions.shape
+        )
+
+    def exists(self, positions: Tensor) -> Tensor:
+        """(B, N, T) bool: whether the key position named for each query is a token of its row.
+
+        One that a cache has dropped (it has left the window) is a token, with weight 0.
+        """
+        there = self.slots(positions) >= 0
+        if self.site.kind == "self":
+            there |= (positions >= 0) & (positions <= self.query_positions[..., None])
+        return there & self.real[..., None]
+
+    def aimed(self, name: str) -> Tensor:
+        """(B, N, T): the key positions that `targets` names for each query here, -1 for none."""
+        at = self.targets[name]
+        if at.shape[1] == 0:
+            return at.new_full((self.batch, self.queries, at.shape[2]), -1)
+        known = self.real & (self.query_positions < at.shape[1])
+        place = torch.where(known, self.query_positions, 0)
+        chosen = at.gather(1, place[..., None].expand(-1, -1, at.shape[2]))
+        return torch.where(known[..., None], chosen, -1)
+
+    def entries(self, slots: Tensor) -> Tensor:
+        r"""(B, H, N, T): ``p_ij`` at chosen key slots ``j`` of each query, `slots` (B, N, T).
+
+        Slot -1 gives 0. Costs O(N T dim) beside the log-sum-exp; a bias is read in blocks of rows.
+        """
+        share = self.heads // self.groups
+        found = self.query.new_zeros(self.batch, self.heads, *slots.shape[1:])
+        for row in range(self.batch):
+            safe = slots[row].clamp_min(0)
+            for turn in range(slots.shape[-1]):
+                key = self.key[row][:, safe[:, turn]]  # (G, N, d)
+                key = key[:, None].expand(-1, share, -1, -1).flatten(0, 1)
+                found[row, ..., turn] = self.scale * (self.query[row] * key).sum(-1)
+            if self.bias is not None:
+                found[row] += self._picked(self.bias, row, safe)
+        p = torch.where(self.counted[..., None], torch.exp(found - self.lse[..., None]), 0.0)
+        return p * (slots >= 0)[:, None]
+
+    def _picked(self, bias: Bias, row: int, slots: Tensor) -> Tensor:
+        """(H | 1, N, T): entries of a bias at (N, T) key slots."""
+        part = bias[one(bias.batch, row), :, :, :]
+        rows = []
+        for start in range(0, self.queries, BLOCK):
+            here = slice(start, min(start + BLOCK, self.queries))
+            low, high = int(slots[here].min()), int(slots[here].max()) + 1
+            block = part.block(here, slice(low, high))[0].to(self.query)
+            at = (slots[here] - low)[None].expand(block.shape[0], -1, -1)
+            rows.append(block.expand(-1, len(slots[here]), -1).gather(-1, at))
+        return torch.cat(rows, 1)
 
     def sees(self, keys: Tensor) -> Tensor:
         """(B, H | 1, N) bool: whether each real query may see the key slot, by the model's own

@@ -170,7 +170,7 @@ class Seen:
                 {"label": s.label, "name": s.name, "parameters": s.parameters()}
                 for s in self.statistics
             ],
-            "spans": {n: s if isinstance(s, list) else list(s) for n, s in self.spans.items()},
+            "spans": {n: _plain(s) for n, s in self.spans.items()},
             "runs": [
                 [
                     {"tower": s.tower, "layer": s.layer, "module": s.name, **r[n].size()}
@@ -180,6 +180,12 @@ class Seen:
                 for n in range(self.runs)
             ],
         }
+
+
+def _plain(span: Any) -> Any:
+    if isinstance(span, Tensor):
+        return [row.nonzero()[:, 0].tolist() for row in span]
+    return span if isinstance(span, list) else list(span)
 
 
 def _stacked(blocks: Sequence[Tensor | None]) -> Tensor:

@@ -21,6 +21,7 @@ class Gathered:
     Attributes:
         sums: (batch, heads, positions[, channels]) by absolute token position (of queries or of
             keys); NaN where a row of the batch has no such position, or its query sees nothing.
+            (batch, heads, channels) for a statistic over the sequence.
         queries: (batch, heads): how many queries were counted (tokens that see at least one key).
     """
 
@@ -39,7 +40,8 @@ class Statistic(ABC):
 
     Attributes:
         name: the word for the statistic in tables and files, lower case.
-        over: "query" or "key": what the sums run along.
+        over: "query" or "key": what the sums run along; "sequence": one sum for all queries and
+            keys, with channels (a profile by lag, an image of offsets).
     """
 
     name: ClassVar[str]
@@ -64,16 +66,23 @@ class Statistic(ABC):
     def check(self, spans: tuple[str, ...]) -> None:  # noqa: B027 - most need nothing
         """Raise where the spans given to `observe` are not enough."""
 
+    @property
+    def aims(self) -> tuple[str, ...]:
+        """Names of the targets that must be given to `observe`."""
+        return ()
+
     def channels(self, scene: Scene) -> int | None:
         """Number of sums for each position; None for one, without an axis of its own."""
         return None
 
     @abstractmethod
     def tile(self, tile: Tile) -> Tensor:
-        """What a tile adds: (b, h, r[, channels]) over queries, (b, h, c[, channels]) over keys.
+        """What a tile adds: (b, h, r[, channels]) over queries, (b, h, c[, channels]) over keys,
+        (b, h, channels) over the sequence.
 
         Must add up: the sums of the parts of a tile, cut along queries or keys, are the sums of the
-        tile.
+        tile. NaN says that an entry does not exist. A statistic that does not add up (a largest
+        entry) gives `start` a state of its own.
         """
 
     def plan(self, scene: Scene) -> bool:
@@ -94,7 +103,7 @@ class Statistic(ABC):
 
     def axes(self) -> tuple[str, ...]:
         """The axes of what `finish` gives, after ("batch", "head")."""
-        return (self.over,)
+        return () if self.over == "sequence" else (self.over,)
 
     def labels(self, spans: tuple[str, ...]) -> dict[str, list[str]]:
         """The names along axes of its own."""
@@ -102,7 +111,8 @@ class Statistic(ABC):
 
     def summary(self, gathered: list[Gathered]) -> Tensor:
         """(heads[, channels]): by default the mean over all real queries of all rows and runs."""
-        flat = [self.finish(g).movedim(1, 0).flatten(1, 2) for g in gathered]
+        values = [self.finish(g).movedim(1, 0) for g in gathered]
+        flat = values if self.over == "sequence" else [v.flatten(1, 2) for v in values]
         return torch.nanmean(torch.cat(flat, 1), 1)
 
     def start(self, scene: Scene) -> State:
@@ -117,17 +127,22 @@ class State:
     """
 
     def __init__(self, statistic: Statistic, scene: Scene) -> None:
-        length = scene.queries if statistic.over == "query" else scene.keys
+        lengths = {"query": (scene.queries,), "key": (scene.keys,), "sequence": ()}
         channels = statistic.channels(scene)
-        shape = (scene.batch, scene.heads, length) + (() if channels is None else (channels,))
+        own = () if channels is None else (channels,)
+        shape = (scene.batch, scene.heads, *lengths[statistic.over], *own)
         self.statistic = statistic
         # Double precision: many tiles are added, and small numbers to large ones.
         self.sums = torch.zeros(shape, dtype=torch.float64, device=scene.device)
 
     def update(self, tile: Tile) -> None:
         """Add a tile."""
+        found = self.statistic.tile(tile)
+        if self.statistic.over == "sequence":
+            self.sums[tile.batch, tile.heads] += found
+            return
         along = tile.rows if self.statistic.over == "query" else tile.cols
-        self.sums[tile.batch, tile.heads, along] += self.statistic.tile(tile)
+        self.sums[tile.batch, tile.heads, along] += found
 
     def merge(self, other: State) -> None:
         """Add the sums of other tiles of the same call."""

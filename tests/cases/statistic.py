@@ -24,6 +24,17 @@ from tests.observe.calls import DenseMap, FakeCall, dense_of, random_call
 
 SPANS: dict[str, Any] = {"first": (0, 3), "middle": [(5, 9), (4, 12)], "rest": (2, None)}
 
+# For each query position two keys up to it: a fixed pattern, with holes.
+TARGETS: dict[str, Tensor] = {
+    "near": torch.stack(
+        [
+            torch.arange(64) * 3 // 5 % 17,
+            torch.where(torch.arange(64) % 4 == 0, -1, torch.arange(64)),
+        ],
+        -1,
+    )[None]
+}
+
 CALLS: dict[str, dict[str, Any]] = {
     "everything visible": {"masks": ""},
     "causal": {},
@@ -80,7 +91,7 @@ class StatisticCase(ABC):
         self, call: FakeCall, extra: ab.Bias | None = None, *, fused: bool, batch: int | None = None
     ) -> Tensor:
         """The values of one call through an observer."""
-        observer = Observer([self.build()], spans=spans_for(call), fused=fused)
+        observer = Observer([self.build()], spans=spans_for(call), targets=TARGETS, fused=fused)
         observer.few = 0
         observer.see(call, extra, call.query, None)  # type: ignore[arg-type]
         return observer.seen.tensor(self.build().label).values[0, 0]
@@ -118,7 +129,7 @@ class StatisticCase(ABC):
     @pytest.mark.parametrize("name", ["left padding", "two-sided window", "sinks"])
     def test_any_tiling_and_merging_is_the_same(self, name: str) -> None:
         call = random_call(**CALLS[name])
-        scene = Scene(call, spans=spans_for(call))  # type: ignore[arg-type]
+        scene = Scene(call, spans=spans_for(call), targets=TARGETS)  # type: ignore[arg-type]
         statistic = self.build()
         whole = statistic.start(scene)
         for tile in tiles(scene, rows=1000):
@@ -136,9 +147,12 @@ class StatisticCase(ABC):
     def test_shares_its_calls_with_other_statistics(self) -> None:
         call = random_call(padding="left")
         others = [s for s in every() if s.label != self.build().label]
-        scene = Scene(call, spans=spans_for(call))  # type: ignore[arg-type]
+        scene = Scene(call, spans=spans_for(call), targets=TARGETS)  # type: ignore[arg-type]
         together = measure(scene, [*others, self.build()])[-1]
-        alone = measure(Scene(call, spans=spans_for(call)), [self.build()])[0]  # type: ignore[arg-type]
+        alone = measure(
+            Scene(call, spans=spans_for(call), targets=TARGETS),  # type: ignore[arg-type]
+            [self.build()],
+        )[0]
         close(together, alone)
 
     def test_rows_of_a_batch_do_not_touch_each_other(self) -> None:
@@ -157,7 +171,7 @@ class StatisticCase(ABC):
         self, name: str, fused: bool, request: pytest.FixtureRequest
     ) -> None:
         scenario = models.scenario(name, request)
-        seen = scenario.observe([self.build()], scenario.spans, fused=fused)
+        seen = scenario.observe([self.build()], scenario.spans, targets=TARGETS, fused=fused)
         for tower, wholes in scenario.maps().items():
             got = seen.tensor(self.build().label, tower=tower)
             assert got.labels["layer"] == list(range(len(wholes)))
@@ -184,4 +198,7 @@ def every() -> list[Statistic]:
         s.SinkRate(),
         s.Distance(),
         s.Share(),
+        s.Offset(),
+        s.At("near", count=2),
+        s.Peak(),
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import attnbias as ab
-from tests.cases.statistic import StatisticCase
+from tests.cases.statistic import TARGETS, StatisticCase
 from tests.observe.calls import DenseMap
 
 s = ab.statistics
@@ -117,3 +117,54 @@ class TestShareOfOneSpan(TestShare):
 
     def dense(self, whole: DenseMap) -> Tensor:
         return super().dense(replace(whole, spans={"m": whole.spans["middle"]}))
+
+
+class TestOffset(StatisticCase):
+    by = -1
+
+    def build(self) -> s.Statistic:
+        return s.Offset(self.by)
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        keys = torch.arange(whole.p.shape[-2]) + self.by
+        at = keys[:, None].expand(*whole.p.shape[:2], -1, 1)
+        return picked(whole, at)[..., 0]
+
+
+class TestOffsetOfThree(TestOffset):
+    by = -3
+
+
+class TestAt(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.At("near", count=2)
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        table = torch.nn.functional.pad(TARGETS["near"][0], (0, 0, 0, 400), value=-1)
+        return picked(whole, table[: whole.p.shape[-2]].expand(*whole.p.shape[:2], -1, -1))
+
+
+def picked(whole: DenseMap, at: Tensor) -> Tensor:
+    """Entries of the map at (B, H, Q, T) key positions; NaN where the row has no such key."""
+    there = (at >= 0) & (at < whole.p.shape[-1])
+    safe = torch.where(there, at, 0)
+    exists = (
+        whole.has_key.expand(*whole.p.shape[:2], -1)[:, :, None]
+        .expand(*safe.shape[:3], -1)
+        .gather(-1, safe)
+    )
+    return whole.p.gather(-1, safe).masked_fill(
+        ~(there & exists & whole.real[..., None]), torch.nan
+    )
+
+
+class TestPeak(StatisticCase):
+    def build(self) -> s.Statistic:
+        return s.Peak()
+
+    def dense(self, whole: DenseMap) -> Tensor:
+        p = whole.p.nan_to_num(0.0)
+        weight = p.amax(-1, keepdim=True)
+        near = (p >= weight * (1 - 1e-6)).long().argmax(-1)  # float32 cannot tell them apart
+        both = torch.stack([weight[..., 0], near.double()], -1)
+        return present(both, whole.real[..., None])

@@ -5,22 +5,38 @@ from __future__ import annotations
 from attnbias.observe.registry import available, by_name
 from attnbias.observe.scene import Scene
 from attnbias.observe.statistic import Gathered, State, Statistic
+from attnbias.observe.statistics.at import At
 from attnbias.observe.statistics.distance import Distance
 from attnbias.observe.statistics.entropy import Entropy
 from attnbias.observe.statistics.first_token import FirstToken
+from attnbias.observe.statistics.offset import Offset
+from attnbias.observe.statistics.peak import Peak
 from attnbias.observe.statistics.received import Received
 from attnbias.observe.statistics.share import Share
 from attnbias.observe.statistics.sink_rate import SinkRate
 from attnbias.observe.tiles import Tile
 
-BUILTIN = ("Received", "Entropy", "FirstToken", "SinkRate", "Distance", "Share")
+BUILTIN = (
+    "Received",
+    "Entropy",
+    "FirstToken",
+    "SinkRate",
+    "Distance",
+    "Share",
+    "Offset",
+    "At",
+    "Peak",
+)
 
 __all__ = [
     "BUILTIN",
+    "At",
     "Distance",
     "Entropy",
     "FirstToken",
     "Gathered",
+    "Offset",
+    "Peak",
     "Received",
     "Scene",
     "Share",

@@ -1,0 +1,13 @@
+"""Measures: published measurements of a whole model, each one small class.
+
+A statistic sees one attention call of a forward that the user runs. A measure runs the model
+itself: on probe sequences of its own, with heads taken out, with gradients, over hidden states. It
+leaves the model as it found it.
+"""
+
+from __future__ import annotations
+
+from attnbias.measures.base import HeadMeasure, Measure
+from attnbias.measures.scores import Scores
+
+__all__ = ["HeadMeasure", "Measure", "Scores"]
