@@ -201,4 +201,5 @@ def every() -> list[Statistic]:
         s.Offset(),
         s.At("near", count=2),
         s.Peak(),
+        s.Given("middle"),
     ]

@@ -9,6 +9,7 @@ from attnbias.observe.statistics.at import At
 from attnbias.observe.statistics.distance import Distance
 from attnbias.observe.statistics.entropy import Entropy
 from attnbias.observe.statistics.first_token import FirstToken
+from attnbias.observe.statistics.given import Given
 from attnbias.observe.statistics.offset import Offset
 from attnbias.observe.statistics.peak import Peak
 from attnbias.observe.statistics.received import Received
@@ -26,6 +27,7 @@ BUILTIN = (
     "Offset",
     "At",
     "Peak",
+    "Given",
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Entropy",
     "FirstToken",
     "Gathered",
+    "Given",
     "Offset",
     "Peak",
     "Received",
