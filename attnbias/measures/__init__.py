@@ -8,6 +8,18 @@ leaves the model as it found it.
 from __future__ import annotations
 
 from attnbias.measures.base import HeadMeasure, Measure
+from attnbias.measures.head_importance import HeadAblation, HeadImportance
+from attnbias.measures.massive_activations import MassiveActivations
+from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
 
-__all__ = ["HeadMeasure", "Measure", "Scores"]
+__all__ = [
+    "HeadAblation",
+    "HeadImportance",
+    "HeadMeasure",
+    "MassiveActivations",
+    "Measure",
+    "RetrievalHeads",
+    "Scores",
+    "haystacks",
+]
