@@ -5,15 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError
+from attnbias.report import interval
 from attnbias.report.data import Map, ReportData, Word
 from attnbias.report.even import Even, Watch
+from attnbias.report.kinds import MOST_LINES, RECEIVED, candidates, kind_of
+from attnbias.report.profiles import (
+    SAMPLED,
+    WHOLE,
+    Near,
+    Whole,
+    binned,
+    bins,
+    gaps,
+    keeps_maps,
+    profiles,
+)
 from attnbias.report.text import Read, limit, read, shuffled
 
 if TYPE_CHECKING:
@@ -21,40 +33,10 @@ if TYPE_CHECKING:
     from attnbias.observe import Seen
 
 SEED = 20240229
-RECEIVED = "received[queries]"
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A map: its label in the table of `observe`, and what a reader is told."""
-
-    label: str
-    statistic: str
-    title: str
-    unit: str
-    meaning: str
-    even: Callable[[Even], float]
-
-
-KINDS = (
-    _Kind("first_token", "first_token", "Attention to the first token", "share of attention",
-          "The part of its attention that a head gives to the first token, as the mean over all "
-          "tokens.", lambda e: float(e.received[0]) / e.queries),
-    _Kind("share[last]", "last_token", "Attention to the last token", "share of attention",
-          "The part of its attention that a head gives to the last token, as the mean over all "
-          "tokens.", lambda e: float(e.received[-1]) / e.queries),
-    _Kind(RECEIVED, "received", "Attention to the most attended token", "share of attention",
-          "The part of its attention that a head gives to the one token that receives most from "
-          "it, whichever that is.", lambda e: float(e.received.max()) / e.queries),
-    _Kind("sink_rate", "sink_rate", "Sink heads", "yes or no",
-          "Whether the tokens that can see the first token give it more than 30% of their "
-          "attention on average (1: yes, 0: no).", lambda e: 0.0),
-    _Kind("entropy", "entropy", "Entropy", "nats",
-          "How widely a head spreads its attention: 0 is all on one token, higher is wider.",
-          lambda e: e.entropy),
-    _Kind("distance", "distance", "Mean distance", "tokens",
-          "How far from a token the tokens are that it attends to.", lambda e: e.distance),
-)  # fmt: skip
+FUSED_ONLY = 8192
+"""Over so many tokens a page shows only statistics that need no tile of the map."""
+TRIAL = 12
+NAMED = 20  # words whose interval is computed
 
 
 def collect(
@@ -68,6 +50,7 @@ def collect(
     layers: str | Iterable[int] = "all",
     seed: int = SEED,
     settings: Sequence[tuple[str, str]] = (),
+    rules: Sequence[Any] = (),
     progress: bool = False,
 ) -> ReportData:
     """Observe `model` on a text, on the same words shuffled, and with random weights.
@@ -75,14 +58,17 @@ def collect(
     Three forwards under `attnbias.observe`; the model's own weights, mode and random state are as
     before afterwards. The shuffled text has the same tokens in another order of words; the
     untrained model is a new one of the same class and config, its weights drawn from `seed`.
+    Every statistic that needs no argument is measured; one that does not apply to the model is left
+    out, and over `FUSED_ONLY` tokens those without a fused form are.
 
     Args:
         model: a text encoder or decoder-only Hugging Face model. tokenizer: its tokenizer.
         text: the text. name, revision: what the report calls the model.
         max_tokens: cut a long text; without it a text longer than the model accepts is refused.
         layers: "all" or layer numbers, as in `observe`.
-        seed: of the shuffle and the random weights.
+        seed: of the shuffle, the random weights and the bootstrap of the intervals.
         settings: more (name, value) lines for "how this was made".
+        rules: of `attnbias.steer`, in force in all three forwards.
         progress: a progress bar on standard error.
 
     Raises:
@@ -98,25 +84,73 @@ def collect(
     order = shuffled(text_read.words, seed)
     device = runs_on(model)
     ids = torch.tensor([text_read.ids], device=device)
+    length = ids.shape[1]
     _check_vocabulary(model, text_read)
     asked = layers if isinstance(layers, str) else tuple(layers)
     found = sites(model)
     wanted = set(found) if asked == "all" else choose(found, asked)
+    shown = usable(model, ids, asked)
+    near = Near(length)
+    heads = int(getattr(_text_config(model), "num_attention_heads", 1)) * len(wanted)
+    maps = keeps_maps(heads, length)
     with _bar(len(found), progress) as tick:
-        own, even = _run(model, ids, asked, wanted, tick("this text"), measure=True)
-        mixed, _ = _run(model, ids[:, list(order)], asked, wanted, tick("words shuffled"))
+        run = _Runner(asked, wanted, [*shown, near], rules)
+        more = [Whole(length)] if maps else []
+        own, even = run(model, ids, tick("this text"), more, measure=True)
+        mixed, _ = run(model, ids[:, list(order)], tick("words shuffled"))
         fresh = _untrained(model, seed)
-        born, _ = _run(fresh, ids, asked, wanted, tick("random weights"))
+        born, _ = run(fresh, ids, tick("random weights"))
         del fresh
-    causal = all(one.causal for one in even.values())
+    runs = (own, mixed, born)
+    starts = bins(length)
     return ReportData(
-        model=name, revision=revision, architecture=type(model).__name__, causal=causal,
+        model=name, revision=revision, architecture=type(model).__name__,
+        causal=all(one.causal for one in even.values()),
         text=text_read.text, tokens=text_read.tokens,
-        words=_words(text_read, order, even, (own, mixed, born)),
+        words=_words(text_read, order, even, runs, seed),
         layers=tuple((site.tower, site.layer) for site in even),
-        maps=_maps(even, (own, mixed, born)), version=__version__,
+        maps=_maps(even, runs, shown, seed), version=__version__,
         settings=(*settings, ("Controls", f"words shuffled and weights drawn with seed {seed}")),
+        profiles=profiles(list(even), runs, RECEIVED, maps), bins=starts,
+        even_received=tuple(
+            tuple((binned(one.received, starts) / one.queries).tolist()) for one in even.values()
+        ),
+        gaps=gaps(length), even_near=tuple(one.rows[near.label] for one in even.values()),
+        blocks=interval.blocks(length), sampled=length if length <= WHOLE else SAMPLED,
     )  # fmt: skip
+
+
+def usable(model: nn.Module, ids: Tensor, layers: Any) -> list[Any]:
+    """The statistics without arguments that apply, tried out on the first few tokens."""
+    from attnbias.observe import observe
+    from attnbias.observe.statistic import Statistic
+
+    short = ids[:, :TRIAL]
+    found = []
+    for one in candidates():
+        if ids.shape[1] > FUSED_ONLY and type(one).plan is Statistic.plan:
+            continue
+        try:
+            with _evaluating(model), observe(model, [one], spans=_last(short), layers=layers) as s:
+                model(input_ids=short, attention_mask=torch.ones_like(short))
+        except AttnbiasError:
+            if type(one).name in ("received", "entropy", "distance", "first_token"):
+                raise  # those apply to every text: the model is what cannot be observed
+            continue
+        table = s.table()
+        lines = {row.statistic for row in table}
+        if len(lines) <= MOST_LINES and any(row.value == row.value for row in table):
+            found.append(one)
+    return found
+
+
+def _last(ids: Tensor) -> dict[str, tuple[int, int]]:
+    return {"last": (ids.shape[1] - 1, ids.shape[1])}
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _check_vocabulary(model: Any, text: Read) -> None:
@@ -129,35 +163,53 @@ def _check_vocabulary(model: Any, text: Read) -> None:
         )
 
 
-def _run(
-    model: nn.Module,
-    ids: Tensor,
-    layers: Any,
-    wanted: set[Site],
-    tick: Callable[[], None],
-    measure: bool = False,
-) -> tuple[Seen, dict[Site, Even]]:
-    from attnbias.hub import attach
-    from attnbias.observe import observe, statistics
-
-    watch = Watch(wanted, tick, measure)
-    last = ids.shape[1] - 1
-    measured: list[Any] = [
-        statistics.Received("queries"), statistics.Entropy(), statistics.FirstToken(),
-        statistics.SinkRate(), statistics.Distance(), statistics.Share(("last",)),
-    ]  # fmt: skip
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with (
-            torch.no_grad(),
-            observe(model, measured, spans={"last": (last, last + 1)}, layers=layers) as seen,
-            attach(model, watch),
-        ):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
-    return seen, {site: watch.found[site] for site in seen.sites} if measure else {}
+
+
+class _Runner:
+    """One forward under `observe` and the rules; with `measure` even attention is measured too."""
+
+    def __init__(
+        self, layers: Any, wanted: set[Site], statistics: list[Any], rules: Sequence[Any]
+    ) -> None:
+        self._layers, self._wanted = layers, wanted
+        self._statistics, self._rules = statistics, tuple(rules)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        tick: Callable[[], None],
+        more: Sequence[Any] = (),
+        measure: bool = False,
+    ) -> tuple[Seen, dict[Site, Even]]:
+        from attnbias.hub import attach
+        from attnbias.observe import observe
+        from attnbias.steer import steer
+
+        spans = _last(ids)
+        watch = Watch(self._wanted, tick, self._statistics if measure else None, spans)
+        statistics = [*self._statistics, *more]
+        with (
+            _evaluating(model),
+            observe(model, statistics, spans=spans, layers=self._layers) as seen,
+            attach(model, watch),
+        ):
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if self._rules:
+                with steer(model, *self._rules):
+                    model(**inputs)
+            else:
+                model(**inputs)
+        return seen, {site: watch.found[site] for site in seen.sites} if measure else {}
 
 
 def _untrained(model: nn.Module, seed: int) -> nn.Module:
@@ -169,80 +221,124 @@ def _untrained(model: nn.Module, seed: int) -> nn.Module:
     return fresh.to(device=like.device, dtype=like.dtype).eval()
 
 
-def _maps(even: dict[Site, Even], runs: tuple[Seen, Seen, Seen]) -> tuple[Map, ...]:
+def _maps(
+    even: dict[Site, Even], runs: tuple[Seen, Seen, Seen], shown: list[Any], seed: int
+) -> tuple[Map, ...]:
     tables = [_cells(seen) for seen in runs]
-    towers = dict.fromkeys(site.tower for site in even)
     found = []
-    for kind in KINDS:
-        for tower in towers:
-            places = [site for site in even if site.tower == tower]
-            grids = [
-                tuple(tuple(table[tower, site.layer, kind.label]) for site in places)
-                for table in tables
-            ]
-            found.append(
-                Map(
-                    kind.statistic,
-                    tower,
-                    kind.title,
-                    kind.unit,
-                    kind.meaning,
-                    tuple(site.layer for site in places),
-                    grids[0],
-                    grids[1],
-                    grids[2],
-                    tuple(kind.even(even[site]) for site in places),
-                )
-            )
+    for statistic in shown:
+        labels = [
+            label for label in tables[0] if label == statistic.label or _entry(statistic, label)
+        ]
+        for column, label in enumerate(labels):
+            kind = kind_of(statistic, label)
+            for tower in dict.fromkeys(site.tower for site in even):
+                places = [site for site in even if site.tower == tower]
+                grids = [
+                    tuple(tuple(table[label][tower, site.layer]) for site in places)
+                    for table in tables
+                ]
+                low, high = _ends(runs[0], statistic, column, len(labels), tower, grids[0], seed)
+                found.append(Map(
+                    kind.key, tower, kind.title, kind.unit, kind.meaning,
+                    tuple(site.layer for site in places), grids[0], grids[1], grids[2],
+                    tuple(even[site].values[label] for site in places), low, high,
+                ))  # fmt: skip
     return tuple(found)
 
 
-def _cells(seen: Seen) -> dict[tuple[str, int, str], list[float]]:
-    found: dict[tuple[str, int, str], list[float]] = {}
+def _entry(statistic: Any, label: str) -> bool:
+    """Whether a line of the table is one of several of a statistic."""
+    own = statistic.labels(("last",))
+    return any(label == f"{statistic.name}[{name}]" for names in own.values() for name in names)
+
+
+def _ends(
+    seen: Seen, statistic: Any, column: int, columns: int, tower: str, means: Any, seed: int
+) -> tuple[Any, Any]:
+    """The intervals of a statistic whose number is a plain mean over the queries; else nothing."""
+    from attnbias.observe.statistic import Statistic
+
+    if statistic.over != "query" or type(statistic).summary is not Statistic.summary:
+        return (), ()
+    if "query" not in statistic.axes():
+        return (), ()
+    values = seen.tensor(statistic.label, tower).select(run=0, batch=0).values
+    if values.ndim == 4:
+        values = values[..., column]
+    ends = interval.over_queries(values, seed)
+    low, high = (
+        tuple(
+            tuple(float(x) for x in row[: len(own)]) for row, own in zip(end, means, strict=True)
+        )
+        for end in ends
+    )
+    return low, high
+
+
+def _cells(seen: Seen) -> dict[str, dict[tuple[str, int], list[float]]]:
+    found: dict[str, dict[tuple[str, int], list[float]]] = {}
     for row in seen.table():
-        found.setdefault((row.tower, row.layer, row.statistic), []).append(row.value)
+        places = found.setdefault(row.statistic, {})
+        places.setdefault((row.tower, row.layer), []).append(row.value)
     return found
 
 
 def _words(
-    text: Read, order: tuple[int, ...], even: dict[Site, Even], runs: tuple[Seen, Seen, Seen]
+    text: Read,
+    order: tuple[int, ...],
+    even: dict[Site, Even],
+    runs: tuple[Seen, Seen, Seen],
+    seed: int,
 ) -> tuple[Word, ...]:
     flat = torch.stack([one.received / one.queries for one in even.values()])  # (layers, keys)
-    own, mixed, born = (_received(seen, even) for seen in runs)
+    heads = [_received(seen, even) for seen in runs]  # (layers, heads, keys)
+    own, mixed, born = (one.nanmean(1) for one in heads)
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))  # old position -> new position
-    found = []
-    for piece in text.words:
-        here = torch.arange(piece.start, piece.stop)
-        there = back[here]
-        by_layer = own[:, here].sum(1) / flat[:, here].sum(1)
-        moved = (mixed[:, there].sum(1) / flat[:, there].sum(1)).mean()
-        place = (mixed[:, here].sum(1) / flat[:, here].sum(1)).mean()
-        random = (born[:, here].sum(1) / flat[:, here].sum(1)).mean()
-        found.append(
-            Word(
-                text=piece.text,
-                special=piece.special,
-                tokens=(piece.start, piece.stop),
-                share=float(own[:, here].sum(1).mean()),
-                received=float(by_layer.mean()),
-                by_layer=tuple(by_layer.tolist()),
-                shuffled=float(moved),
-                in_place=float(place),
-                random=float(random),
-                gap=piece.gap,
-            )
+    starts = torch.tensor([piece.start for piece in text.words])
+    stops = torch.tensor([piece.stop for piece in text.words])
+
+    def within(values: Tensor, at: Tensor) -> Tensor:
+        """Sums over runs of tokens that begin `at` (words stay whole when they move)."""
+        total = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
+        return total[..., at + (stops - starts)] - total[..., at]
+
+    base, moved = within(flat, starts), within(flat, back[starts])
+    by_layer = within(own, starts) / base
+    received = by_layer.mean(0)
+    low, high = torch.full((2, len(starts)), torch.nan, dtype=torch.float64)
+    named = received.topk(min(NAMED, len(starts))).indices
+    each = (within(heads[0], starts)[..., named] / base[:, None, named]).flatten(0, 1)
+    low[named], high[named] = interval.over_rows(each[~each.isnan().any(-1)], seed)
+    share = within(own, starts).mean(0)
+    columns = torch.stack([
+        share, received, (within(mixed, back[starts]) / moved).mean(0),
+        (within(mixed, starts) / base).mean(0), (within(born, starts) / base).mean(0), low, high,
+    ], -1).tolist()  # fmt: skip
+    layers = by_layer.T.tolist()
+    return tuple(
+        Word(
+            text=piece.text, special=piece.special, tokens=(piece.start, piece.stop), share=s,
+            received=r, by_layer=tuple(layers[n]), shuffled=m, in_place=p, random=b, gap=piece.gap,
+            low=lo, high=hi,
         )
-    return tuple(found)
+        for n, (piece, (s, r, m, p, b, lo, hi)) in enumerate(
+            zip(text.words, columns, strict=True)
+        )
+    )  # fmt: skip
 
 
 def _received(seen: Seen, even: dict[Site, Even]) -> Tensor:
-    """(layers, keys): share of a query's attention that each key receives, mean over heads."""
+    """(layers, heads, keys): share of a query's attention that each key receives."""
     rows = []
     for site in even:
         tensor = seen.tensor(RECEIVED, site.tower)
-        rows.append(tensor.select(layer=site.layer, run=0, batch=0).values.nanmean(0))
-    return torch.stack(rows)
+        rows.append(tensor.select(layer=site.layer, run=0, batch=0).values)
+    most = max(len(row) for row in rows)
+    return torch.stack([
+        torch.nn.functional.pad(row, (0, 0, 0, most - len(row)), value=torch.nan) for row in rows
+    ])  # fmt: skip
 
 
 @contextmanager

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from attnbias.bias import Dense
+from attnbias.observe.run import Run
+from attnbias.observe.scene import Scene
+from attnbias.observe.statistic import Statistic, measure
+
 if TYPE_CHECKING:
     from attnbias.hub import Call, Site
 
-ROWS = 256
+WIDTH = 8
 
 
 @dataclass(frozen=True)
@@ -20,15 +25,16 @@ class Even:
     r"""Statistics of :math:`p_{ij} = [j\ \text{visible to}\ i] / n_i`, ``n_i`` visible tokens.
 
     Attributes:
-        received: (keys,) the sum over the queries.
-        entropy: mean of ``ln n_i`` in nats. distance: mean of ``|i - j|`` in tokens.
+        received: (keys,) the sum over the queries. queries: how many there are.
+        values: for each line of the table of `observe`, its value; for a statistic with an axis of
+            its own also all of its values under its label.
         causal: no query sees a later token.
     """
 
     received: Tensor
     queries: int
-    entropy: float
-    distance: float
+    values: dict[str, float]
+    rows: dict[str, tuple[float, ...]]
     causal: bool
 
 
@@ -37,9 +43,16 @@ class Watch:
 
     role = "see"
 
-    def __init__(self, wanted: set[Any], tick: Callable[[], None], measure: bool) -> None:
+    def __init__(
+        self,
+        wanted: set[Any],
+        tick: Callable[[], None],
+        statistics: Sequence[Statistic] | None,
+        spans: Mapping[str, Any] | None = None,
+    ) -> None:
         self.found: dict[Site, Even] = {}
-        self._wanted, self._tick, self._measure = wanted, tick, measure
+        self._wanted, self._tick = wanted, tick
+        self._statistics, self._spans = statistics, dict(spans or {})
 
     def begin_forward(self, forward: int) -> None:
         """Nothing to prepare."""
@@ -49,40 +62,63 @@ class Watch:
 
     def see(self, call: Call, extra: Any, output: Tensor, lse: Tensor | None) -> None:
         """Read the masks of one call; its tensors are not touched."""
-        if self._measure and call.site in self._wanted:
-            self.found[call.site] = even(call)
+        if self._statistics is not None and call.site in self._wanted:
+            with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+                self.found[call.site] = even(call, self._statistics, self._spans)
         self._tick()
 
 
-def even(call: Call) -> Even:
-    """Even attention under the masks of a call of one row; masks that differ by head are averaged.
+def even(call: Call, statistics: Sequence[Statistic], spans: Mapping[str, Any]) -> Even:
+    """Every statistic of even attention under the masks of a call of one row.
 
-    Sink logits are left out: all of the attention is spread over the tokens.
-
-    Costs O(queries keys) time and O(256 keys heads) memory; only the masks' -inf entries count.
+    All scores are zero and only the masks stay, so one head says it for all; masks that differ by
+    head are averaged. Sink logits are left out: all of the attention is spread over the tokens.
     """
-    queries, keys = call.query.shape[2], call.key.shape[2]
-    received = torch.zeros(keys, dtype=torch.float64)
-    entropy = distance = 0.0
-    causal = True
-    where, places = call.query_positions[0].cpu(), call.key_positions[0].cpu()
-    for start in range(0, queries, ROWS):
-        rows = slice(start, min(start + ROWS, queries))
-        visible = _visible(call, rows, keys)
-        count = visible.sum(-1, keepdim=True).clamp_min(1)
-        share = (visible / count).mean(0)
-        gap = (where[rows, None] - places[None, :]).double()
-        received += share.sum(0)
-        distance += float((share * gap.abs()).sum())
-        entropy += float(count.log().mean(0).sum())
-        causal = causal and not bool((visible.any(0) & (gap < 0)).any())
-    return Even(received, queries, entropy / queries, distance / queries, causal)
+    heads = 1 if call.bias is None else call.bias.heads
+    query = call.query.new_zeros(1, heads, call.query.shape[2], WIDTH)
+    key = call.key.new_zeros(1, heads, call.key.shape[2], WIDTH)
+    scene = Scene(call.with_vectors(query, key, key), None, None, spans)
+    scene.sink = None
+    masks = [_mask(t) for t in ([] if scene.own is None else scene.own.terms())]
+    scene.bias = sum(masks[1:], masks[0]) if masks else None
+    found = measure(scene, list(statistics))
+    run = Run(list(statistics), scene)
+    run.add(scene, found)
+    values: dict[str, float] = {}
+    rows: dict[str, tuple[float, ...]] = {}
+    for place, statistic in enumerate(statistics):
+        mean = statistic.summary([run.gathered(place)]).double().nanmean(0)
+        if mean.ndim == 0:
+            values[statistic.label] = float(mean)
+            continue
+        (entries,) = statistic.labels(tuple(spans)).values()
+        rows[statistic.label] = tuple(mean.tolist())
+        values |= {
+            f"{statistic.name}[{name}]": float(x) for name, x in zip(entries, mean, strict=True)
+        }
+    received = scene.columns[0].double().mean(0).cpu()
+    return Even(received, call.query.shape[2], values, rows, _causal(scene))
 
 
-def _visible(call: Call, rows: slice, keys: int) -> Tensor:
-    """(heads | 1, rows, keys) bool as float64."""
-    size = rows.stop - rows.start
-    if call.bias is None:
-        return torch.ones(1, size, keys, dtype=torch.float64)
-    block = call.bias.block(rows, slice(0, keys))
-    return (block > -torch.inf)[0].expand(-1, size, keys).double().cpu()
+def _mask(term: Any) -> Any:
+    """A term as a mask: hidden stays hidden, everything else is 0."""
+    if term.is_mask:
+        return term
+    dense = term.dense()
+    return Dense(torch.where(dense == -torch.inf, -torch.inf, 0.0).to(dense))
+
+
+def _causal(scene: Scene) -> bool:
+    """Whether no query sees a later token; dense masks are read in blocks."""
+    if scene.bias is None or scene.site.kind != "self":
+        return scene.queries == 1
+    if scene.causal:
+        return True
+    where, places = scene.query_positions[0], scene.key_positions[0]
+    for start in range(0, scene.queries, 256):
+        rows = slice(start, min(start + 256, scene.queries))
+        later = places[None, :] > where[rows, None]
+        shown = scene.bias.block(rows, slice(0, scene.keys))[0] > -torch.inf
+        if bool((shown & later).any()):
+            return False
+    return True
