@@ -7,6 +7,7 @@ leaves the model as it found it.
 
 from __future__ import annotations
 
+from attnbias.measures.attention_influence import AttentionInfluence, Influence
 from attnbias.measures.base import HeadMeasure, Measure
 from attnbias.measures.head_importance import HeadAblation, HeadImportance
 from attnbias.measures.massive_activations import MassiveActivations
@@ -14,9 +15,11 @@ from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
 
 __all__ = [
+    "AttentionInfluence",
     "HeadAblation",
     "HeadImportance",
     "HeadMeasure",
+    "Influence",
     "MassiveActivations",
     "Measure",
     "RetrievalHeads",
