@@ -1,0 +1,42 @@
+"""Hidden states by plain PyTorch hooks on the blocks of a model, for dense routes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.steer.models import Subject
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of blocks of the language model, or of the only tower."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    }
+    text = [name for name in lists if "language_model" in name]
+    return lists[text[0] if text else next(iter(lists))]
+
+
+@torch.no_grad()
+def states(subject: Subject, inputs: Mapping[str, Any] | None = None) -> Tensor:
+    """(layers, batch, tokens, size) float64: the output of every block of an eager float64 twin."""
+    twin = copy.deepcopy(subject.model).double()
+    twin.set_attn_implementation("eager")  # type: ignore[operator]
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, given: Any, out: Any) -> None:
+        found.append(out[0] if isinstance(out, tuple) else out)
+
+    for block in blocks(twin):
+        block.register_forward_hook(keep)
+    given = dict(inputs or subject.inputs)
+    for name, value in given.items():
+        given[name] = value.double() if value.is_floating_point() else value
+    twin(**given)
+    return torch.stack(found)
