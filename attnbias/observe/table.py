@@ -60,15 +60,7 @@ class Table(list[Row]):
             [key[0], str(key[1]), key[2], *(_short(found.get(h)) for h in heads)]
             for key, found in lines.items()
         ]
-        widths = [max(len(r[c]) for r in text) for c in range(len(head))]
-        left = {0, 2}
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if c in left else cell.rjust(w)
-                for c, (cell, w) in enumerate(zip(r, widths, strict=True))
-            ).rstrip()
-            for r in text
-        )
+        return aligned(text)
 
     def to_csv(self) -> str:
         """CSV: a header line ``tower,layer,head,statistic,value``; an empty value is NaN."""
@@ -104,6 +96,19 @@ class Table(list[Row]):
         if target.suffix.lower() not in kinds:
             raise AttnbiasError(f"a table is saved as .csv or .json, got {target.name!r}.")
         _write(target, kinds[target.suffix.lower()]())
+
+
+def aligned(text: list[list[str]]) -> str:
+    """Lines of cells in columns; the first and third (words) to the left."""
+    widths = [max(len(r[c]) for r in text) for c in range(len(text[0]))]
+    left = {0, 2}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if c in left else cell.rjust(w)
+            for c, (cell, w) in enumerate(zip(r, widths, strict=True))
+        ).rstrip()
+        for r in text
+    )
 
 
 def _short(value: float | None) -> str:
