@@ -10,6 +10,7 @@ from __future__ import annotations
 from attnbias.measures.attention_influence import AttentionInfluence, Influence
 from attnbias.measures.base import HeadMeasure, Measure
 from attnbias.measures.head_importance import HeadAblation, HeadImportance
+from attnbias.measures.head_pruning import HeadPruning, Pruned, remove_heads
 from attnbias.measures.massive_activations import MassiveActivations
 from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
@@ -19,10 +20,13 @@ __all__ = [
     "HeadAblation",
     "HeadImportance",
     "HeadMeasure",
+    "HeadPruning",
     "Influence",
     "MassiveActivations",
     "Measure",
+    "Pruned",
     "RetrievalHeads",
     "Scores",
     "haystacks",
+    "remove_heads",
 ]
