@@ -7,6 +7,7 @@ leaves the model as it found it.
 
 from __future__ import annotations
 
+from attnbias.measures.adaptive_heads import AdaptiveHeads, AdaptiveScores, moments_of
 from attnbias.measures.attention_influence import AttentionInfluence, Influence
 from attnbias.measures.base import HeadMeasure, Measure
 from attnbias.measures.head_importance import HeadAblation, HeadImportance
@@ -16,6 +17,8 @@ from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
 
 __all__ = [
+    "AdaptiveHeads",
+    "AdaptiveScores",
     "AttentionInfluence",
     "HeadAblation",
     "HeadImportance",
@@ -28,5 +31,6 @@ __all__ = [
     "RetrievalHeads",
     "Scores",
     "haystacks",
+    "moments_of",
     "remove_heads",
 ]
