@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attnbias.attention import attention
 from attnbias.bias import Bias, KeyBias, Window
-from attnbias.errors import AttnbiasError
 from attnbias.observe.exchange import exchanged
 from attnbias.observe.features import Features
+from attnbias.observe.placed import Placed
 
 if TYPE_CHECKING:
     from attnbias.hub import Call
@@ -23,10 +23,8 @@ PRECISION = 1e-5  # of an entropy in nats
 ROUNDING = 1.0
 BLOCK = 256  # rows of a bias read at a time
 
-Span = tuple[int, "int | None"]
 
-
-class Scene:
+class Scene(Placed):
     r"""One attention call: queries, keys, everything that is added to the scores, and positions.
 
     .. math:: p_{ij} = \exp(s\, q_i \cdot k_j + B_{ij} - \mathrm{lse}_i)
@@ -41,11 +39,8 @@ class Scene:
 
     Attributes:
         query (B, H, N, d), key (B, G, M, d): as the model gave them, after rotary embedding.
-        query_positions (B, N), key_positions (B, M): absolute token positions, -1 for padding.
-        real (B, N): queries that are tokens and not padding.
-        spans: name -> (B, 2) integers, start and stop (stop is the largest integer when open), or
-            (B, positions) booleans.
-        targets: name -> (B, positions, T): key positions for each query position, -1 for none.
+
+    The rest is in `Placed`: positions, spans and targets.
     """
 
     def __init__(
@@ -56,70 +51,55 @@ class Scene:
         spans: Mapping[str, Any] | None = None,
         targets: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.site = call.site
+        super().__init__(call, spans, targets)
         self._value = call.value
         kind = torch.float64 if call.query.dtype == torch.float64 else torch.float32
         self.query, self.key = call.query.detach().to(kind), call.key.detach().to(kind)
-        self.batch, self.heads, self.queries, self.width = self.query.shape
+        self.heads, self.width = self.query.shape[1], self.query.shape[3]
         self.groups, self.keys = self.key.shape[1], self.key.shape[2]
-        self.device = self.query.device
         self.scale = float(call.scale)
         self.sink = None if call.sink is None else call.sink.detach().to(kind)
         self.own = None if call.bias is None else call.bias.detach()
         parts = [b for b in (self.own, None if extra is None else extra.detach()) if b is not None]
         self.bias: Bias | None = sum(parts[1:], parts[0]) if parts else None
-        self.query_positions = call.query_positions.expand(self.batch, -1)
-        self.key_positions = call.key_positions.expand(self.batch, -1)
-        self.real = self.query_positions >= 0
-        self.spans = {name: self._span(name, span) for name, span in (spans or {}).items()}
-        self.targets = {name: self._rows(name, at) for name, at in (targets or {}).items()}
         # The normaliser handed over belongs to the plain scores, and in half precision it carries
         # the fused operator's short exponential (errors of 5e-5): those need one of their own.
         usable = lse is not None and extra is None and call.query.dtype == kind
         self._lse = self._sound(lse.detach()) if lse is not None and usable else None
         self._kept: dict[str, Tensor] = {}
         self._features: Features | None = None
+        self.swept = False
+
+    def sweep(self, wanted: set[str]) -> bool:
+        """Find what statistics want (see `Statistic.swept`) in one compiled pass over the map.
+
+        False, and nothing is done, where the compiled loops do not take this call.
+        """
+        from attnbias.observe import sweep
+
+        if not sweep.fits(self):
+            return False
+        asked = self.features.asked() if "features" in wanted else None
+        found = sweep.Sweep(self, wanted, asked)
+        self._kept["columns"] = found.columns
+        if "inner" in wanted:
+            self._kept["inner"] = found.inner
+        if "peak" in wanted:
+            self._kept["weight"], self._kept["slot"] = found.peak, found.place.long().clamp_min(0)
+        if asked is not None or "gap" in wanted:
+            self.features.take(found.features, found.gap if "gap" in wanted else None)
+        self.swept = True
+        return True
+
+    @property
+    def peak(self) -> tuple[Tensor, Tensor]:
+        """(B, H, N) each: the largest weight of a row and its first key slot; found by `sweep`."""
+        return self._kept["weight"], self._kept["slot"]
 
     @functools.cached_property
     def value(self) -> Tensor:
         """(B, G, M, dv): the values, in the precision of `key`."""
         return self._value.detach().to(self.key)
-
-    def _rows(self, name: str, at: Tensor) -> Tensor:
-        if at.shape[0] not in (1, self.batch):
-            raise AttnbiasError(
-                f"targets[{name!r}] has {at.shape[0]} rows and the batch has {self.batch}; give "
-                "(positions, T) for all rows, or (batch, positions, T)."
-            )
-        return at.to(self.device).expand(self.batch, -1, -1)
-
-    def _span(self, name: str, span: Any) -> Tensor:
-        if isinstance(span, Tensor):
-            if len(span) not in (1, self.batch):
-                raise AttnbiasError(
-                    f"spans[{name!r}] has {len(span)} rows and the batch has {self.batch}; give "
-                    "(tokens) for all rows, or (batch, tokens)."
-                )
-            return span.to(self.device).expand(self.batch, -1)
-        rows: Sequence[Any] = span if isinstance(span, list) else [span] * self.batch
-        if len(rows) != self.batch:
-            raise AttnbiasError(
-                f"spans[{name!r}] has {len(rows)} rows and the batch has {self.batch}; give one "
-                "(start, stop) for all rows, or a list with one for each row."
-            )
-        far = torch.iinfo(torch.long).max
-        pairs = [(0, 0) if r is None else (r[0], far if r[1] is None else r[1]) for r in rows]
-        return torch.tensor(pairs, dtype=torch.long, device=self.device)
-
-    def in_span(self, name: str) -> Tensor:
-        """(B, M) bool: the keys whose position lies in the span; padding never does."""
-        span = self.spans[name]
-        if span.dtype == torch.bool:
-            known = (self.key_positions >= 0) & (self.key_positions < span.shape[1])
-            return span.gather(1, torch.where(known, self.key_positions, 0)) & known
-        start, stop = span[:, :1], span[:, 1:]
-        inside = (self.key_positions >= start) & (self.key_positions < stop)
-        return inside & (self.key_positions >= 0)
 
     # What is added to the scores --------------------------------------------------------------
 
@@ -273,39 +253,6 @@ class Scene:
         p = torch.where(self.counted, torch.exp(score - self.lse), 0.0)
         return p * (keys >= 0)[:, None, None]
 
-    def slots(self, positions: Tensor) -> Tensor:
-        """Key positions (B, ...) as the key slots that hold them, -1 where none does."""
-        size = int(self.key_positions.amax()) + 1 if self.key_positions.numel() else 0
-        table = positions.new_full((self.batch, max(size, 1)), -1)
-        for row in range(self.batch):
-            here = (self.key_positions[row] >= 0).nonzero()[:, 0]
-            table[row, self.key_positions[row, here]] = here
-        flat = positions.reshape(self.batch, -1)
-        known = (flat >= 0) & (flat < size)
-        return torch.where(known, table.gather(1, torch.where(known, flat, 0)), -1).reshape(
-            positions.shape
-        )
-
-    def exists(self, positions: Tensor) -> Tensor:
-        """(B, N, T) bool: whether the key position named for each query is a token of its row.
-
-        One that a cache has dropped (it has left the window) is a token, with weight 0.
-        """
-        there = self.slots(positions) >= 0
-        if self.site.kind == "self":
-            there |= (positions >= 0) & (positions <= self.query_positions[..., None])
-        return there & self.real[..., None]
-
-    def aimed(self, name: str) -> Tensor:
-        """(B, N, T): the key positions that `targets` names for each query here, -1 for none."""
-        at = self.targets[name]
-        if at.shape[1] == 0:
-            return at.new_full((self.batch, self.queries, at.shape[2]), -1)
-        known = self.real & (self.query_positions < at.shape[1])
-        place = torch.where(known, self.query_positions, 0)
-        chosen = at.gather(1, place[..., None].expand(-1, -1, at.shape[2]))
-        return torch.where(known[..., None], chosen, -1)
-
     def entries(self, slots: Tensor) -> Tensor:
         r"""(B, H, N, T): ``p_ij`` at chosen key slots ``j`` of each query, `slots` (B, N, T).
 
@@ -341,12 +288,6 @@ class Scene:
         masks."""
         allowed = self._entries(self.own, keys.clamp_min(0)) > -torch.inf
         return allowed & self.real[:, None] & (keys >= 0)[:, None, None]
-
-    def slot_of(self, position: int) -> Tensor:
-        """(B,): the key slot that holds a token position, -1 where it is not among the keys."""
-        here = self.key_positions == position
-        slot = here.long().argmax(-1)
-        return torch.where(here.any(-1), slot, -1)
 
     def _entries(self, bias: Bias | None, slot: Tensor) -> Tensor:
         if bias is None:

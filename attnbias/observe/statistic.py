@@ -47,6 +47,9 @@ class Statistic(ABC):
     name: ClassVar[str]
     over: ClassVar[str] = "query"
     gives_lse: ClassVar[bool] = False  # the fused form finds the log-sum-exp on its way
+    # What `fused` reads that one compiled sweep over the map finds as well, for any bias: of
+    # "columns", "inner", "gap", "peak" and "features" (those asked for in `plan`).
+    swept: ClassVar[tuple[str, ...]] = ()
 
     @property
     def label(self) -> str:
@@ -159,9 +162,12 @@ class State:
 
 
 def measure(scene: Scene, statistics: list[Statistic], *, fused: bool = True) -> list[Tensor]:
-    """The sums of several statistics over one call; calls and tiles are shared."""
+    """The sums of several statistics over one call; calls, sweeps and tiles are shared."""
     ready = [fused and s.plan(scene) for s in statistics]
-    if not all(ready):  # tiles are built anyway: only what costs nothing beside them stays fused
+    wanted = {name for s in statistics for name in s.swept}
+    if fused and wanted and scene.sweep(wanted):
+        ready = [r or bool(s.swept) for r, s in zip(ready, statistics, strict=True)]
+    elif not all(ready):  # tiles are built anyway: only what costs nothing beside them stays fused
         ready = [r and s.light(scene) for r, s in zip(ready, statistics, strict=True)]
     states = {i: s.start(scene) for i, s in enumerate(statistics) if not ready[i]}
     if states:

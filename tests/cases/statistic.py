@@ -8,6 +8,7 @@ tiny models.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import attnbias as ab
+from attnbias import native
 from attnbias.observe.observer import Observer
 from attnbias.observe.scene import Scene
 from attnbias.observe.statistic import Statistic, measure
@@ -24,6 +26,7 @@ from tests.observe.calls import DenseMap, FakeCall, dense_of, random_call
 
 SPANS: dict[str, Any] = {"first": (0, 3), "middle": [(5, 9), (4, 12)], "rest": (2, None)}
 
+ROUTES = ("swept", "fused", "tiles")  # "swept" is "fused" where numba is missing
 # For each query position two keys up to it: a fixed pattern, with holes.
 TARGETS: dict[str, Tensor] = {
     "near": torch.stack(
@@ -88,26 +91,28 @@ class StatisticCase(ABC):
     # Hand-made calls --------------------------------------------------------------------------
 
     def values(
-        self, call: FakeCall, extra: ab.Bias | None = None, *, fused: bool, batch: int | None = None
+        self, call: FakeCall, extra: ab.Bias | None = None, *, route: str = "swept"
     ) -> Tensor:
         """The values of one call through an observer."""
+        fused = route != "tiles"
         observer = Observer([self.build()], spans=spans_for(call), targets=TARGETS, fused=fused)
         observer.few = 0
-        observer.see(call, extra, call.query, None)  # type: ignore[arg-type]
+        with native.disabled() if route == "fused" else nullcontext():
+            observer.see(call, extra, call.query, None)  # type: ignore[arg-type]
         return observer.seen.tensor(self.build().label).values[0, 0]
 
-    @pytest.mark.parametrize("fused", [True, False], ids=["fused", "tiles"])
+    @pytest.mark.parametrize("route", ROUTES)
     @pytest.mark.parametrize("name", CALLS)
-    def test_equals_the_whole_map(self, name: str, fused: bool) -> None:
+    def test_equals_the_whole_map(self, name: str, route: str) -> None:
         call = random_call(**CALLS[name])
         whole = dense_of(call, spans=spans_for(call))
-        close(self.values(call, fused=fused), self.dense(whole))
+        close(self.values(call, route=route), self.dense(whole))
 
     def test_leaving_the_mask_out_would_fail(self) -> None:
         call = random_call(padding="left")
         want = self.dense(dense_of(call, spans=spans_for(call)))
         call.bias = None
-        got = self.values(call, fused=True)
+        got = self.values(call)
         assert float((got - want).abs().nan_to_num(0.0).max()) > 1e-2
 
     @pytest.mark.parametrize("kind", ["key", "hide", "dense"])
@@ -123,8 +128,8 @@ class StatisticCase(ABC):
         want = self.dense(dense_of(call, extra, spans=spans_for(call)))
         plain = self.dense(dense_of(call, spans=spans_for(call)))
         assert float((plain - want).abs().nan_to_num(0.0).max()) > 1e-2
-        for fused in (True, False):
-            close(self.values(call, extra, fused=fused), want)
+        for route in ROUTES:
+            close(self.values(call, extra, route=route), want)
 
     @pytest.mark.parametrize("name", ["left padding", "two-sided window", "sinks"])
     def test_any_tiling_and_merging_is_the_same(self, name: str) -> None:
@@ -157,21 +162,24 @@ class StatisticCase(ABC):
 
     def test_rows_of_a_batch_do_not_touch_each_other(self) -> None:
         call = random_call(padding="left")
-        before = self.values(call, fused=True)
+        before = self.values(call)
         call.query[1] += 1
         call.key[1] *= 2
-        after = self.values(call, fused=True)
+        after = self.values(call)
         assert torch.equal(before[0].nan_to_num(0.0), after[0].nan_to_num(0.0))
 
     # Models -----------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize("fused", [True, False], ids=["fused", "tiles"])
+    @pytest.mark.parametrize("route", ROUTES)
     @pytest.mark.parametrize("name", models.SCENARIOS)
     def test_equals_the_eager_maps(
-        self, name: str, fused: bool, request: pytest.FixtureRequest
+        self, name: str, route: str, request: pytest.FixtureRequest
     ) -> None:
         scenario = models.scenario(name, request)
-        seen = scenario.observe([self.build()], scenario.spans, targets=TARGETS, fused=fused)
+        with native.disabled() if route == "fused" else nullcontext():
+            seen = scenario.observe(
+                [self.build()], scenario.spans, targets=TARGETS, fused=route != "tiles"
+            )
         for tower, wholes in scenario.maps().items():
             got = seen.tensor(self.build().label, tower=tower)
             assert got.labels["layer"] == list(range(len(wholes)))

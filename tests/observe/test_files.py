@@ -17,7 +17,7 @@ import torch
 import attnbias as ab
 from attnbias.errors import AttnbiasError
 from attnbias.observe import Row, Seen, Table
-from tests.cases.statistic import every
+from tests.cases.statistic import TARGETS, every
 from tests.observe import models
 
 s = ab.statistics
@@ -26,8 +26,8 @@ s = ab.statistics
 @pytest.fixture
 def seen(stories: Path) -> Seen:
     model = models.stories_model(stories)
-    names = {'a, "b"\n<script>': (0, 3), "=1+1": [(2, None)]}
-    with torch.no_grad(), ab.observe(model, every(), spans=names) as found:
+    names = {'a, "b"\n<script>': (0, 3), "=1+1": [(2, None)], "middle": (5, 9)}
+    with torch.no_grad(), ab.observe(model, every(), spans=names, targets=TARGETS) as found:
         model(input_ids=models.tokens(1, 20, 500))
     return found
 
@@ -135,13 +135,13 @@ from typing import ClassVar
 from attnbias.statistics import Statistic
 
 @dataclass(frozen=True)
-class Peak(Statistic):
+class Tallest(Statistic):
     """The sum of the squares of a row."""
-    name: ClassVar[str] = "peak"
+    name: ClassVar[str] = "tallest"
     def tile(self, tile):
         return tile.probabilities.square().sum(-1)
 
-class Thief(Peak):
+class Thief(Tallest):
     name = "entropy"
 '''
 
@@ -155,7 +155,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-statistics\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[attnbias.statistics]\npeak = tiny_statistics:Peak\nthief = tiny_statistics:Thief\n"
+        "[attnbias.statistics]\ntallest = tiny_statistics:Tallest\nthief = tiny_statistics:Thief\n"
         "gone = tiny_statistics:Gone\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -164,16 +164,16 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_another_package_adds_a_statistic(plugin: None, stories: Path) -> None:
-    assert "peak" in s.available()
+    assert "tallest" in s.available()
     assert "tiny_statistics" not in sys.modules
     model = models.stories_model(stories)
-    with torch.no_grad(), ab.observe(model, ["peak", "entropy"]) as seen:
+    with torch.no_grad(), ab.observe(model, ["tallest", "entropy"]) as seen:
         out = model(input_ids=models.tokens(1, 20, 500))
     assert out.logits.shape[1] == 20
-    peak = seen.tensor("peak").values
+    peak = seen.tensor("tallest").values
     assert float(peak.max()) <= 1 + 1e-6
     assert float(peak.min()) >= 1 / 20
-    assert {r.statistic for r in seen.table()} == {"peak", "entropy"}
+    assert {r.statistic for r in seen.table()} == {"tallest", "entropy"}
 
 
 def test_a_bad_addition_is_named(plugin: None) -> None:
@@ -181,5 +181,5 @@ def test_a_bad_addition_is_named(plugin: None) -> None:
         s.by_name("thief")
     with pytest.raises(AttnbiasError, match="'gone'"):
         s.by_name("gone")
-    with pytest.raises(AttnbiasError, match=r"no statistic is called 'x'.*share, gone, peak"):
+    with pytest.raises(AttnbiasError, match=r"no statistic is called 'x'.*share, .*gone, tallest"):
         s.by_name("x")

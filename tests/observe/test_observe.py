@@ -13,7 +13,7 @@ from torch import nn
 import attnbias as ab
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.hub import Call, attach
-from tests.cases.statistic import close, every
+from tests.cases.statistic import TARGETS, close, every
 from tests.observe import models
 
 s = ab.statistics
@@ -48,7 +48,7 @@ def test_output_is_unchanged_to_the_last_bit(name: str, request: pytest.FixtureR
     scenario = models.scenario(name, request)
     with torch.no_grad():
         want = scenario.run(scenario.model)
-        with ab.observe(scenario.model, every(), spans=scenario.spans):
+        with ab.observe(scenario.model, every(), spans=scenario.spans, targets=TARGETS):
             got = scenario.run(scenario.model)
         after = scenario.run(scenario.model)
     for a, b, c in zip(want, got, after, strict=True):
@@ -58,7 +58,7 @@ def test_output_is_unchanged_to_the_last_bit(name: str, request: pytest.FixtureR
 
 def test_generated_tokens_are_unchanged(model: nn.Module) -> None:
     want = greedy(model, ids(2), 6)
-    with ab.observe(model, every(), spans=models.SPANS | {"middle": (3, 9)}):
+    with ab.observe(model, every(), spans=models.SPANS | {"middle": (3, 9)}, targets=TARGETS):
         got = greedy(model, ids(2), 6)
     assert torch.equal(want, got)
 
@@ -428,7 +428,7 @@ def test_an_exception_in_the_model_leaves_what_was_seen(model: nn.Module) -> Non
 
 def test_the_table_is_the_mean_over_all_real_queries(request: pytest.FixtureRequest) -> None:
     scenario = models.scenario("stories, left padding", request)
-    seen = scenario.observe(every(), scenario.spans)
+    seen = scenario.observe(every(), scenario.spans, targets=TARGETS)
     for layer, whole in enumerate(scenario.maps()["text"]):
         p = whole.p.nan_to_num(0.0)
         rows, columns = torch.arange(40)[:, None], torch.arange(40)[None]

@@ -10,6 +10,8 @@ import torch
 
 import attnbias as ab
 from attnbias.observe.observer import Observer
+from attnbias.observe.scene import Scene
+from attnbias.observe.sweep import Sweep, fits
 from tests.cases.statistic import close, every, spans_for
 from tests.observe import test_statistics as cases
 from tests.observe.calls import FakeCall, dense_of, random_call
@@ -80,3 +82,48 @@ def test_three_routes_agree(part: int) -> None:
                     close(got, ROUTES[one.label].dense(whole), 1e-9)
                 except AssertionError as error:
                     raise AssertionError(f"{one.label}, fused={fused}, {words}: {error}") from None
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_the_compiled_sweep_agrees(part: int) -> None:
+    for seed in range(part * 25, part * 25 + 25):
+        call, extra, words = problem(seed)
+        spans = spans_for(call)
+        if call.key_positions.shape[0] == 3:
+            spans["middle"] = [(5, 9), (4, 12), (0, 2)]
+        whole = dense_of(call, extra, spans)
+        found = [case.build() for case in ROUTES.values()]
+        call.query, call.key = call.query.float(), call.key.float()
+        observer = Observer(found, spans=spans)
+        observer.few = 0
+        observer.see(call, extra, call.query, None)  # type: ignore[arg-type]
+        for one in found:
+            got = observer.seen.tensor(one.label).values[0, 0]
+            try:
+                close(got, ROUTES[one.label].dense(whole), 2e-5)
+            except AssertionError as error:
+                raise AssertionError(f"{one.label}, {words}: {error}") from None
+
+
+def test_the_sweep_in_many_tiles_and_threads() -> None:
+    """More rows and keys than a tile holds; heads alone and together; one thread and two."""
+    call = random_call(queries=700, keys=5000, batch=1, heads=3, groups=1, masks="causal")
+    scene = Scene(call)  # type: ignore[arg-type]
+    wanted = {"columns", "inner", "gap", "peak", "features"}
+    feature = torch.randn(1, 5000, 3)
+    if not fits(scene):
+        pytest.skip("numba: not installed (extra native)")
+    p = dense_of(call).p.nan_to_num(0.0)[..., 4300:, :]
+    near = (torch.arange(4300, 5000)[:, None] - torch.arange(5000)).abs().double()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found = Sweep(scene, wanted, feature)
+            close(found.columns, p.sum(-2))
+            close(found.features, p @ feature[:, None].double())
+            close(found.gap, (p * near).sum(-1), 2e-5)
+            close(found.inner, -torch.xlogy(p, p).sum(-1))
+            close(found.peak, p.amax(-1))
+    finally:
+        torch.set_num_threads(threads)

@@ -22,12 +22,14 @@ class Distance(Statistic):
     the positions are those in the two sequences. Under sink logits the sink is at no distance.
 
     Values: ``(batch, head, query)``. Table: the mean over all real queries of all rows.
-    Cost: one unbiased call within a sequence (the mean position of the keys up to the query and of
-    those after it, centred on each block of queries), tiles in cross-attention.
+    Cost: a part of one compiled sweep. Without it one unbiased call within a sequence (the mean
+    position of the keys up to the query and of those after it, centred on each block of queries),
+    tiles in cross-attention.
     """
 
     name: ClassVar[str] = "distance"
     gives_lse: ClassVar[bool] = True
+    swept: ClassVar[tuple[str, ...]] = ("gap",)
 
     def tile(self, tile: Tile) -> Tensor:
         gap = (tile.query_positions[:, :, None] - tile.key_positions[:, None, :]).abs()

@@ -24,13 +24,15 @@ class Entropy(Statistic):
     map.
 
     Values: ``(batch, head, query)``. Table: the mean over all real queries of all rows.
-    Cost: one unbiased call where masks are all that is added (``H_i = lse_i - s q_i . sum_j p_ij
-    k_j`` with centred keys), tiles otherwise. That difference loses digits where scores are large:
-    blocks with a row whose rounding may exceed 1e-5 are computed again from tiles.
+    Cost: a part of one compiled sweep. Without it one unbiased call where masks are all that is
+    added (``H_i = lse_i - s q_i . sum_j p_ij k_j`` with centred keys; that difference loses digits
+    where scores are large, so blocks with a row whose rounding may exceed 1e-5 are computed again
+    from tiles), tiles otherwise.
     """
 
     name: ClassVar[str] = "entropy"
     gives_lse: ClassVar[bool] = True
+    swept: ClassVar[tuple[str, ...]] = ("inner",)
 
     def tile(self, tile: Tile) -> Tensor:
         p = tile.probabilities
@@ -44,6 +46,8 @@ class Entropy(Statistic):
 
     def fused(self, scene: Scene) -> Tensor:
         row = scene.inner
+        if scene.swept:
+            return row
         unsure = scene.unsure
         for tile in tiles(scene, wanted=unsure):
             part = (tile.batch, tile.heads, tile.rows)

@@ -23,10 +23,11 @@ class Peak(Statistic):
 
     Values: ``(batch, head, query, 2)``: "weight" and "position" (absolute, of the key). Table:
     ``peak[weight]`` and ``peak[position]``, their means over the queries.
-    Cost: tiles.
+    Cost: a part of one compiled sweep; tiles otherwise.
     """
 
     name: ClassVar[str] = "peak"
+    swept: ClassVar[tuple[str, ...]] = ("peak",)
 
     def channels(self, scene: Scene) -> int:
         return 2
@@ -43,6 +44,11 @@ class Peak(Statistic):
 
     def start(self, scene: Scene) -> State:
         return _Largest(self, scene)
+
+    def fused(self, scene: Scene) -> Tensor:
+        weight, slot = scene.peak
+        where = scene.key_positions[:, None].expand(-1, scene.heads, -1).gather(-1, slot)
+        return torch.stack([weight, where.to(weight)], -1)
 
     def axes(self) -> tuple[str, ...]:
         return ("query", "of")

@@ -31,7 +31,8 @@ class Received(Statistic):
     Table: the value, under this denominator, of the key that receives the largest sum in its row,
     as the mean over the rows of the batch (and runs). The mean over keys would say nothing: it is
     fixed by the number of keys.
-    Cost: one unbiased call where masks and biases per key are all that is added
+    Cost: a part of one compiled sweep (about half the forward, for all that it finds). Without it
+    one unbiased call where masks and biases per key are all that is added
     (``R_j = exp(lse of attention with queries and keys exchanged and key bias -lse_i)``), tiles
     otherwise.
 
@@ -41,6 +42,7 @@ class Received(Statistic):
 
     name: ClassVar[str] = "received"
     over: ClassVar[str] = "key"
+    swept: ClassVar[tuple[str, ...]] = ("columns",)
     denominator: str = "sum"
 
     def __post_init__(self) -> None:

@@ -26,7 +26,8 @@ class Share(Statistic):
 
     Values: ``(batch, head, query, span)``. Table: one line for each span, ``share[name]``, the mean
     over all real queries of all rows.
-    Cost: one unbiased call with the spans as values, for as many spans as a head has dimensions.
+    Cost: a part of one compiled sweep. Without it one unbiased call with the spans as values, for
+    as many spans as a head has dimensions.
 
     Args:
         names: the spans wanted; all of them where nothing is given.
@@ -34,6 +35,7 @@ class Share(Statistic):
 
     name: ClassVar[str] = "share"
     gives_lse: ClassVar[bool] = True
+    swept: ClassVar[tuple[str, ...]] = ("features",)
     names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
