@@ -114,7 +114,8 @@ def load_for(
 
     Args:
         kind: "text", "image-text" (a model that writes about images, with its processor) or
-            "vision" (an image model, with its class head where it has one, and image processor).
+            "vision" (an image model, with its class head where it has one, and image processor), or
+            "dual" (an encoder of images beside one of text, such as CLIP, with its processor).
 
     Raises:
         AttnbiasError: nothing of that name. Refused: a model that does not take that input.
@@ -176,6 +177,10 @@ def _seeing(name: str, config: Any, kind: str) -> tuple[str, str]:
             f"{name!r} ({config.model_type}) does not write about images, and this data has images;"
             " give a model such as LLaVA or Qwen2-VL"
         )
+    if kind == "dual":
+        if hasattr(config, "vision_config") and hasattr(config, "text_config"):
+            return "AutoModel", "AutoProcessor"
+        raise Refused(f"{name!r} ({config.model_type}) does not encode images beside text")
     if not (hasattr(config, "image_size") or hasattr(config, "patch_size")):
         raise Refused(f"{name!r} ({config.model_type}) takes no images alone; give a vision model")
     names = tuple(getattr(config, "architectures", None) or ())

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnbias.cli import corpus
 from attnbias.cli.loading import add_loading
 from attnbias.errors import AttnbiasError
 
@@ -22,7 +23,8 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "observe", help="where the attention of a model goes in a text, against two controls"
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, or a name on the model hub")
-    parser.add_argument("--text", required=True, metavar="FILE", help='UTF-8 text, "-" for stdin')
+    parser.add_argument("--text", metavar="FILE", help='UTF-8 text, "-" for stdin')
+    parser.add_argument("--image", type=Path, metavar="FILE", help="an image, alone or with a text")
     parser.add_argument("--report", type=Path, metavar="FILE", help="one self-contained HTML page")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the main figure")
     parser.add_argument(
@@ -31,11 +33,22 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything on the page as data")
     parser.add_argument("--layers", default="all", help='as in 0,3-5; default: "all"')
     parser.add_argument("--max-tokens", type=int, metavar="N", help="cut the text after N tokens")
+    corpus.add(parser)
     add_loading(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the files asked for (all or none), print the summary; returns 0."""
+    if args.corpus is not None:
+        return corpus.run(args)
+    if args.image is not None:
+        from attnbias.cli import images
+
+        return images.run(args, (("Command", command(args)),))
+    if args.text is None:
+        raise AttnbiasError(
+            "--text FILE, --image FILE or --corpus FILE must be given; see attnbias observe --help"
+        )
     from attnbias.cli.loading import load, text_of
     from attnbias.report.files import check_targets, write_all
 
@@ -109,7 +122,10 @@ def tell(data: ReportData, targets: dict[str, Path]) -> None:
 
 def command(args: argparse.Namespace) -> str:
     """The command that gives this report again; outputs other than the page are left out."""
-    words = ["attnbias", "observe", args.model, "--text", Path(args.text).name]
+    words = ["attnbias", "observe", args.model]
+    for flag in ("image", "text"):
+        if getattr(args, flag) is not None:
+            words += [f"--{flag}", Path(getattr(args, flag)).name]
     for flag in ("layers", "max_tokens", "device", "dtype", "revision"):
         value = getattr(args, flag)
         if value is not None and value not in ("all", "cpu", "auto"):

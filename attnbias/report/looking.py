@@ -67,7 +67,7 @@ def see_image(
     if grid.start > 1:
         places["registers"] = (1, grid.start)
     chosen = _layers(model, "vision", layers)
-    order = torch.randperm(grid.patches, generator=torch.Generator().manual_seed(seed))
+    order = moved(grid.patches, seed)
 
     def look(one: nn.Module, given: Mapping[str, Any]) -> Seen:
         return _look(one, given, places, chosen)
@@ -186,6 +186,14 @@ def untrained(model: nn.Module, seed: int) -> nn.Module:
         fresh: nn.Module = type(model)(copy.deepcopy(model.config))
     like = next(model.parameters())
     return fresh.to(device=like.device, dtype=like.dtype).eval()
+
+
+def moved(count: int, seed: int) -> Tensor:
+    """An order in which every patch stands elsewhere: one random cycle."""
+    cycle = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.empty_like(cycle)
+    order[cycle] = cycle.roll(1)
+    return order
 
 
 def shuffle_patches(

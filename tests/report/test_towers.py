@@ -1,0 +1,292 @@
+"""Towers over images: the numbers beside eager maps, the figure and the page beside the numbers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import xml.etree.ElementTree as tree
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnbias.errors import AttnbiasError, Refused
+from attnbias.observe.grid import Grid
+from attnbias.report import overlay, tower_page
+from attnbias.report.looking import modalities, moved, see_image, see_modalities, shuffle_patches
+from attnbias.report.towers import (
+    FOLLOWED,
+    RANDOM,
+    SHUFFLED,
+    ImageSeen,
+    ModalitySeen,
+    Picture,
+    Surface,
+    TowersSeen,
+)
+from tests.steer import models
+
+VISION = ("vit", "dinov2", "clip vision", "llava", "gemma3", "qwen2_vl")
+
+
+def eager(subject: models.Subject, tower: str = "vision") -> list[Tensor]:
+    """The maps (images, heads, N, N) of each layer of a tower, read off the eager modules."""
+    import attnbias as ab
+
+    twin = subject.eager()
+    maps: dict[str, list[Tensor]] = {}
+    hooks = [
+        twin.get_submodule(site.name).register_forward_hook(
+            lambda module, args, out, name=site.name: maps.setdefault(name, []).append(out[1])
+        )
+        for site in ab.sites(subject.model)
+        if site.tower == tower
+    ]
+    with torch.no_grad():
+        subject.run(twin)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat([one.reshape(-1, *one.shape[-3:]) for one in found]).double()
+            for found in maps.values()]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in VISION if n != "qwen2_vl"])
+def test_surfaces_are_the_eager_maps_over_the_patches(name: str) -> None:
+    subject = models.MAKERS[name]()
+    seen = see_image(subject.model, subject.inputs, image=1, controls=False)
+    grid = Grid.of(subject.model, subject.inputs)
+    whole = torch.stack([p[1] for p in eager(subject)])
+    tokens = whole.shape[-1]
+    assert tokens == grid.start + grid.patches
+    found = {one.key: one.values for one in seen.surfaces}
+    received = whole.mean(-2)[..., grid.start :].unflatten(-1, (grid.rows, grid.columns)) * tokens
+    assert torch.allclose(found["received"], received, atol=1e-4)
+    numbers = {one.key: one for one in seen.numbers}
+    assert numbers["entropy"].values == pytest.approx(
+        -torch.xlogy(whole, whole).sum(-1).mean(-1), abs=1e-4
+    )
+    assert numbers["share patches"].values == pytest.approx(
+        whole[..., grid.start :].sum(-1).mean(-1), abs=1e-5
+    )
+    if grid.start:
+        row = whole[..., 0, grid.start :].unflatten(-1, (grid.rows, grid.columns)) * tokens
+        assert torch.allclose(found["given"], row, atol=1e-4)
+        assert numbers["share class"].values == pytest.approx(whole[..., 0].mean(-1), abs=1e-5)
+
+
+def test_blocks_of_patches_are_laid_out_as_the_image_is() -> None:
+    """Qwen2-VL reads 2 x 2 blocks: an image whose patches say where they are must come back."""
+    subject = models.MAKERS["qwen2_vl"]()
+    rows = columns = 4
+    order = [
+        (2 * a + c, 2 * b + d) for a in range(2) for b in range(2) for c in range(2)
+        for d in range(2)
+    ]  # fmt: skip
+    lines = torch.stack([torch.full((3 * 2 * 4 * 4,), float(r * columns + c)) for r, c in order])
+    inputs = {**subject.inputs, "pixel_values": torch.cat([lines * 0 - 1, lines])}
+    grid = Grid.of(subject.model, inputs, image=1)
+    assert (grid.rows, grid.columns, grid.start) == (rows, columns, 0)
+    seen = see_image(subject.model, inputs, image=1, controls=False)
+    shown = seen.picture.pixels[2::4, 2::4, 0].double()
+    want = torch.arange(16.0).reshape(4, 4) / 15 * 255
+    assert torch.allclose(shown, want.double(), atol=1)
+    assert grid.places(16)[grid.positions()[2, 3]].tolist() == [2, 3]
+
+
+def test_class_tokens_and_registers_are_told_apart() -> None:
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    config = Dinov2WithRegistersConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4,
+        num_register_tokens=3,
+    )  # fmt: skip
+    model = Dinov2WithRegistersModel(config).eval()
+    seen = see_image(model, {"pixel_values": models.pixels(1)}, controls=False)
+    assert [one.key for one in seen.numbers] == [
+        "share class", "share patches", "share registers", "entropy",
+    ]  # fmt: skip
+    total = sum(one.values for one in seen.numbers[:3])
+    assert torch.allclose(torch.as_tensor(total), torch.ones(1, 2, dtype=torch.float64), atol=1e-5)
+
+
+def test_shuffled_patches_go_where_the_order_says() -> None:
+    grid = Grid(2, 3, 1)
+    pixels = torch.arange(2 * 1 * 4 * 6.0).reshape(2, 1, 4, 6)
+    order = moved(grid.patches, 0)
+    assert not bool((order == torch.arange(6)).any())
+    mixed = shuffle_patches({"pixel_values": pixels}, grid, order, image=1)["pixel_values"]
+    assert torch.equal(mixed[0], pixels[0])
+    for place, patch in enumerate(order.tolist()):
+        (r, c), (a, b) = divmod(place, 3), divmod(patch, 3)
+        assert torch.equal(
+            mixed[1, 0, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2],
+            pixels[1, 0, 2 * a : 2 * a + 2, 2 * b : 2 * b + 2],
+        )
+
+
+def test_controls_tell_content_from_place() -> None:
+    """Without position embeddings attention follows the patch; with them alone it stays."""
+    for content in (True, False):
+        subject = models.MAKERS["vit"]()
+        embeddings = subject.model.vit.embeddings
+        with torch.no_grad():
+            if content:
+                embeddings.position_embeddings.zero_()
+            else:
+                embeddings.patch_embeddings.projection.weight.zero_()
+        seen = see_image(subject.model, subject.inputs)
+        (surface, _) = seen.surfaces
+        own = surface.mean()
+        follows = overlay.correlation(own, surface.mean(control=FOLLOWED))
+        stays = overlay.correlation(own, surface.mean(control=SHUFFLED))
+        assert (follows > 0.999) == content
+        assert (stays > 0.999) == (not content)
+        assert not torch.allclose(own, surface.mean(control=RANDOM))
+
+
+@pytest.mark.parametrize("name", models.VLMS)
+def test_shares_by_modality_are_sums_of_the_eager_map(name: str) -> None:
+    subject = models.MAKERS[name]()
+    row = subject.row(0)
+    seen = see_modalities(subject.model, row)
+    assert seen.groups == {"first": 1, "image 0": 4, "text": 11}
+    one = models.Subject(name, subject.model, row)
+    whole = torch.stack([p[0] for p in eager(one, "text")])
+    columns = {"first": slice(0, 1), "image 0": slice(2, 6)}
+    found = {number.key: number for number in seen.numbers}
+    text_rows = [1, *range(6, 16)]
+    for group, keys in columns.items():
+        asked = whole[:, :, [r for r in text_rows if r >= 2]][..., keys].sum(-1).mean(-1)
+        assert torch.allclose(found[f"text->{group}"].values, asked, atol=1e-5)
+        last = whole[:, :, -1][..., keys].sum(-1)
+        assert torch.allclose(found[f"last->{group}"].values, last, atol=1e-5)
+    assert found["last->image 0"].even == pytest.approx(4 / 16)
+    assert RANDOM in found["last->text"].controls
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    subject = models.MAKERS["llava"]()
+    row = subject.row(0)
+    with pytest.raises(AttnbiasError, match="pixel_values"):
+        see_image(subject.model, {"input_ids": row["input_ids"]})
+    with pytest.raises(AttnbiasError, match="one row"):
+        see_modalities(subject.model, subject.inputs)
+    with pytest.raises(AttnbiasError, match="no image"):
+        modalities(subject.model, {"input_ids": models.tokens(1) % 80})
+    from transformers import SwinConfig, SwinModel
+
+    swin = SwinModel(
+        SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2],
+                   window_size=4)
+    )  # fmt: skip
+    with pytest.raises(Refused, match="not the patches"):
+        see_image(swin.eval(), {"pixel_values": models.pixels(1)})
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    subject = models.MAKERS["vit"]()
+    model = subject.model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    see_image(model, subject.inputs)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# The figure ---------------------------------------------------------------------------------------
+
+
+def made(name: str = "<b>&\u202e.png") -> ImageSeen:
+    values = torch.arange(2 * 3 * 6.0).reshape(2, 3, 2, 3) / 10
+    values[1, 2, 0, 1] = 9.0
+    surface = Surface(
+        "received", "Attention received", "How much.", (0, 4), values,
+        {SHUFFLED: values.flip(-1), FOLLOWED: values * 2, RANDOM: torch.ones_like(values)},
+    )  # fmt: skip
+    pixels = (torch.arange(8 * 12 * 3) % 251).byte().reshape(8, 12, 3)
+    return ImageSeen("vision", Picture(pixels, name), (surface,))
+
+
+def test_the_figure_is_whole_and_says_its_numbers() -> None:
+    seen = made()
+    figure = overlay.svg(seen, "received", 4, 2)
+    root = tree.fromstring(figure)
+    space = "{http://www.w3.org/2000/svg}"
+    image = root.find(f".//{space}image")
+    assert image is not None
+    href = image.get("href") or ""
+    assert href.startswith("data:image/png;base64,")
+    assert decoded(base64.b64decode(href.split(",")[1])) == seen.picture.pixels.tolist()
+    assert len(re.findall(r"https?://", figure)) == 1  # the name space alone
+    discs = [one for one in root.iter(f"{space}circle") if one.get("style") is None]
+    values = seen.surfaces[0].head(4, 2)
+    areas = torch.tensor([float(one.get("r") or 0) ** 2 for one in discs])
+    assert torch.allclose(areas / areas.max(), values.flatten() / values.max(), atol=0.02)
+    assert "row 1, column 2: 9.0×" in (root.get("aria-label") or "")
+    marks = [one for one in root.iter(f"{space}text") if one.get("class") == "mark"]
+    assert marks[0].text == "1"
+
+
+def decoded(png: bytes) -> Any:
+    import io
+
+    import numpy
+    from PIL import Image
+
+    return numpy.asarray(Image.open(io.BytesIO(png)).convert("RGB")).tolist()
+
+
+def test_png_and_fragment() -> None:
+    seen = made()
+    assert overlay.png(seen).startswith(b"\x89PNG")
+    piece = overlay.fragment(seen, "received", 0)
+    cells = [float(x) for x in re.findall(r"<td>([\d.]+)</td>", piece)]
+    want = seen.surfaces[0].mean(0).flatten().tolist()
+    assert cells == pytest.approx(want, abs=0.006)
+    assert "script" not in piece
+    for wrong, match in (("given", "was not seen"), ("received", "head is named")):
+        with pytest.raises(AttnbiasError, match=match):
+            overlay.svg(seen, wrong, None, 0)
+    with pytest.raises(AttnbiasError, match="layers"):
+        overlay.svg(seen, "received", 3)
+
+
+def test_words_come_from_the_numbers_and_their_controls() -> None:
+    text = overlay.says(made().surfaces[0], 4, 2)
+    assert "row 1, column 2: 9.0×" in text
+    assert "with random weights it is at row 1, column 1: 1.0×" in text
+    assert "+1.00 with that of the shuffled image when each patch is followed" in text
+
+
+def whole() -> TowersSeen:
+    subject = models.MAKERS["llava"]()
+    parts = (
+        see_image(subject.model, subject.row(0), name="<script>alert(1)</script>"),
+        see_modalities(subject.model, subject.row(0)),
+    )
+    return TowersSeen("<script>x</script>", "abc", "Llava", "1", parts, (("Command", "a < b"),))
+
+
+def test_the_page_holds_its_numbers_and_runs_nothing() -> None:
+    seen = whole()
+    page = tower_page.render(seen)
+    assert page == tower_page.render(seen)
+    text = page.decode()
+    assert "<script" not in text
+    assert "&lt;script&gt;x&lt;/script&gt;" in text
+    assert seen.parts[0].picture.sha256 in text  # type: ignore[union-attr]
+    assert "default-src 'none'" in text
+    assert not re.search(r'(?:src|href)="(?!data:)', text)
+    rows = tower_page.to_csv(seen).decode().splitlines()
+    assert rows[0] == "tower,statistic,of,layer,head,value"
+    modal = next(part for part in seen.parts if isinstance(part, ModalitySeen))
+    one = next(number for number in modal.numbers if number.key == "last->image 0")
+    line = next(r for r in rows if r.startswith("text,last->image 0,this input,1,2,"))
+    assert float(line.rsplit(",", 1)[1]) == float(one.values[1, 2])
+    assert f"{100 * float(one.values[1, 2]):.1f}%" in text
+    data = json.loads(tower_page.to_json(seen))
+    assert data["facts"]["Command"] == "a < b"
+    assert data["surfaces"][0]["values"] == seen.parts[0].surfaces[0].values.tolist()  # type: ignore[union-attr]
