@@ -12,9 +12,12 @@ from attnbias.measures.attention_influence import AttentionInfluence, Influence
 from attnbias.measures.base import HeadMeasure, Measure
 from attnbias.measures.head_importance import HeadAblation, HeadImportance
 from attnbias.measures.head_pruning import HeadPruning, Pruned, remove_heads
+from attnbias.measures.in_context import InContext, InContextAblation, InContextScore
+from attnbias.measures.induction_heads import InductionHeads
 from attnbias.measures.massive_activations import MassiveActivations
 from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
+from attnbias.measures.sink_metric import SinkMetric
 
 __all__ = [
     "AdaptiveHeads",
@@ -24,12 +27,17 @@ __all__ = [
     "HeadImportance",
     "HeadMeasure",
     "HeadPruning",
+    "InContext",
+    "InContextAblation",
+    "InContextScore",
+    "InductionHeads",
     "Influence",
     "MassiveActivations",
     "Measure",
     "Pruned",
     "RetrievalHeads",
     "Scores",
+    "SinkMetric",
     "haystacks",
     "moments_of",
     "remove_heads",
