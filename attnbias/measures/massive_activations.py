@@ -188,8 +188,10 @@ class MassiveActivations(Measure):
         self, model: nn.Module, data: Data | None = None, *, progress: bool = False
     ) -> Massive:
         given = forwards(data, "MassiveActivations")
-        largest, medians, found = [], [], []
-        tower, layers = "", ()
+        largest: list[Tensor] = []
+        medians: list[Tensor] = []
+        found: list[Activation] = []
+        tower, layers = "", tuple[int, ...]()
         with evaluating(model), bar(len(given), self.name, progress) as tick:
             for inputs in given:
                 seen = residual(model, inputs, self.tower)

@@ -70,7 +70,7 @@ def planted(dimension: int = 5, first: float = 9000.0, later: float = -4000.0) -
     subject.model.register_forward_pre_hook(
         lambda module, args, kwargs: inputs_now.update(ids=kwargs["input_ids"]), with_kwargs=True
     )
-    blocks(subject.model)[1].mlp.register_forward_hook(write)
+    blocks(subject.model)[1].get_submodule("mlp").register_forward_hook(write)
     return subject
 
 
