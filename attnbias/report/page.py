@@ -9,18 +9,28 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from attnbias.errors import AttnbiasError
 from attnbias.report import charts
 from attnbias.report.clean import visible
-from attnbias.report.data import Map, ReportData, Word
-from attnbias.report.summary import summarise
+from attnbias.report.compare import compared
+from attnbias.report.data import Map, Profile, ReportData, Word
+from attnbias.report.payload import DETAILS, Detail, packed
+from attnbias.report.summary import Summary, summarise
 
 LEVELS = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Edges of the six shades of a word, in times its even share."""
 VEGA_LITE = "6.4"
-_HERE = Path(__file__).parent
+WEB = Path(__file__).parent / "web"
+SCRIPTS = ("core", "figures", "words", "maps", "head", "tables")
+LARGEST = 10_000_000
+"""Bytes of a page; what does not fit is left out, the finest detail first."""
+TABLE_WORDS = 1000
+NAMED = 6
+"""Heads of a finding that the page links to."""
 
 GLOSSARY = (
     ("Attention", "For every token, a head gives each token it may see a share; the shares of one "
@@ -48,9 +58,13 @@ def clean(data: ReportData) -> ReportData:
         if isinstance(value, str):
             return visible(value)
         if isinstance(value, tuple):
+            if not value or isinstance(value[0], (float, int)):
+                return value  # long rows of numbers
             return tuple(walk(one) for one in value)
         if isinstance(value, (Map, Word)):
             return _replaced(value)
+        if isinstance(value, Profile):
+            return dataclasses.replace(value, tower=visible(value.tower))
         return value
 
     def _replaced(value: Any) -> Any:
@@ -61,55 +75,76 @@ def clean(data: ReportData) -> ReportData:
     return found
 
 
-def render(data: ReportData) -> bytes:
-    """The page in UTF-8. Equal data give equal bytes; the page makes no network request.
+def render(data: ReportData, other: ReportData | None = None) -> bytes:
+    """The page in UTF-8, at most `LARGEST` bytes. Equal data give equal bytes; no network request.
 
-    All text is taken for hostile: escaped by the template in HTML, by `in_script` in the chart
-    data, shown by `clean` where it is invisible; a content policy forbids every script but the
-    page's own two (by hash), every connection and every foreign resource.
+    All text is taken for hostile: escaped by the template in HTML, by `in_script` in the data of
+    the script, shown by `clean` where it is invisible; a content policy forbids every script but
+    the page's own two (by hash), every connection and every foreign resource.
+
+    Args:
+        data: the report. other: a second one to stand beside it (same scales, differences).
     """
+    for detail in DETAILS:
+        page = _render(data, other, detail)
+        if len(page) <= LARGEST:
+            return page
+    raise AttnbiasError(
+        f"the page would be {len(page) / 1e6:.0f} MB; choose some layers, or write --csv and --json"
+    )
+
+
+def _render(data: ReportData, other: ReportData | None, detail: Detail) -> bytes:
     import jinja2
     from markupsafe import Markup
 
-    digest = data.text_hash
-    shown = clean(data)
-    specs = _specs(shown)
-    script = (_HERE / "page.js").read_text("utf-8")
+    shown = [clean(one) for one in (data, other) if one is not None]
+    first = shown[0]
+    names = short_names(shown)
+    summaries = [summarise(one) for one in shown]
+    script = _script()
     library = _library()
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(WEB), autoescape=True, trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    heads = _linked(summaries[0])
     payload = {
         "levels": LEVELS,
-        "charts": specs,
-        "words": [
-            {
-                "text": word.text,
-                "all": _number(word.received),
-                "layers": [_number(x) for x in word.by_layer],
-                "shuffled": _number(word.shuffled),
-                "place": _number(word.in_place),
-                "random": _number(word.random),
-            }
-            for word in shown.words
-        ],
+        "runs": [packed(one, name, detail) for one, name in zip(shown, names, strict=True)],
+        "first": heads[0] if heads else _first(first),
+        "heads": heads,
+        "findings": _findings(summaries[0]),
     }
+    run = payload["runs"][0]  # type: ignore[index]
     html = environment.get_template("page.html.j2").render(
-        data=shown,
-        summary=summarise(shown),
+        data=first,
+        names=names,
+        summary=summaries[0],
+        heads=heads,
+        statistics=[_name(first, one) for one in first.maps],
+        chosen=_chosen(first, summaries[0]),
         policy=_policy(library, script),
-        css=Markup((_HERE / "page.css").read_text("utf-8")),
+        css=Markup((WEB / "page.css").read_text("utf-8")),
         script=Markup(script),
         library=Markup(library),
         payload=Markup(in_script(payload)),
         legend=_legend(),
-        words=_words(shown),
-        maps=[_panels(shown, i, one) for i, one in enumerate(shown.maps)],
-        tables=_tables(shown),
+        texts=[
+            _text(one, r["words"], names[n] if other else "")
+            for n, (one, r) in enumerate(zip(shown, payload["runs"], strict=True))  # type: ignore
+        ],
+        table=_words(first)[:TABLE_WORDS],
+        tokens_map=bool(run["maps"] and run["maps"][0]),  # type: ignore[index]
+        profiles=bool(first.profiles),
+        most=(max(n for _, n in first.layers), max(len(r) for m in first.maps for r in m.values)),
+        comparison=None if other is None else compared(shown[0], shown[1], summaries),
         glossary=GLOSSARY,
-        made=_made(shown, digest),
-    )
+        made=[_made(one, given.text_hash) for one, given in zip(shown, (data, other), strict=False)
+              if given is not None],
+        cite=[citation(one, given.text_hash)
+              for one, given in zip(shown, (data, other), strict=False) if given is not None],
+    )  # fmt: skip
     return html.encode("utf-8", "replace")
 
 
@@ -133,6 +168,12 @@ def in_script(value: Any) -> str:
 
 
 @functools.cache
+def _script() -> str:
+    parts = [(WEB / f"{name}.js").read_text("utf-8") for name in SCRIPTS]
+    return '"use strict";\n(function () {\n' + "\n".join(parts) + "})();\n"
+
+
+@functools.cache
 def _library() -> str:
     import vl_convert
 
@@ -148,10 +189,6 @@ def _policy(*scripts: str) -> str:
     )
 
 
-def _number(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
-
-
 def _times(value: float) -> str:
     if math.isnan(value):
         return "not measured"
@@ -162,16 +199,6 @@ def _legend() -> list[str]:
     edges = [f"{edge:g}×" for edge in LEVELS]
     middle = [f"{low} to {high}" for low, high in itertools.pairwise(edges)]
     return [f"under {edges[0]}", *middle, f"{edges[-1]} and more"]
-
-
-def _specs(data: ReportData) -> dict[str, Any]:
-    found = {"ranked": charts.ranked(data, "container").to_dict()}
-    for i, one in enumerate(data.maps):
-        for panel, title in charts.PANELS:
-            found[f"map{i}-{panel}"] = charts.with_data(
-                charts.heat(one, panel, title), one, [panel]
-            )
-    return found
 
 
 def _words(data: ReportData) -> list[dict[str, Any]]:
@@ -193,30 +220,64 @@ def _name(data: ReportData, one: Map) -> str:
     return f"{one.title} ({one.tower})" if len(data.towers) > 1 else one.title
 
 
-def _panels(data: ReportData, index: int, one: Map) -> dict[str, Any]:
+def _linked(summary: Summary) -> list[tuple[str, int, int]]:
+    """Heads that the summary names, in its order; buttons refer to them by number."""
+    found = [head for one in summary.findings for head in one.heads[:NAMED]]
+    return list(dict.fromkeys(found))
+
+
+def _findings(summary: Summary) -> dict[str, list[str]]:
+    """tower/layer/head -> the kinds of bias whose threshold it passes."""
+    found: dict[str, list[str]] = {}
+    for one in summary.findings:
+        for tower, layer, head in one.heads:
+            found.setdefault(f"{tower}/{layer}/{head}", []).append(one.name)
+    return found
+
+
+def _first(data: ReportData) -> tuple[str, int, int]:
+    one = data.maps[0]
+    cell = one.cells()[0]
+    return (one.tower, cell.layer, cell.head)
+
+
+def _chosen(data: ReportData, summary: Summary) -> int:
+    """The statistic drawn first: that of the first finding that stands out."""
+    keys = [one.statistic for one in data.maps]
+    for finding in summary.strong:
+        if finding.key in keys and finding.heads:
+            return keys.index(finding.key)
+    return 0
+
+
+def short_names(shown: Sequence[ReportData]) -> list[str]:
+    """What tells the runs apart: the model, else the rules, else the beginning of the text."""
+    names = [one.model for one in shown]
+    if len(set(names)) < len(names):
+        names = [dict(one.settings).get("Rules", "as trained") for one in shown]
+    if len(set(names)) < len(names):
+        names = [" ".join(one.text.split())[:40] for one in shown]
+    if len(set(names)) < len(names):
+        names = [f"run {n + 1}" for n in range(len(shown))]
+    return [name if len(name) <= 48 else name[:47] + "…" for name in names]
+
+
+def _text(data: ReportData, words: dict[str, Any], name: str) -> dict[str, Any]:
+    """A text in the template: its words where they fit on one screen or two, else its sections."""
+    long = bool(words["sections"])
     return {
-        "key": f"map{index}",
-        "title": _name(data, one),
-        "meaning": one.meaning,
-        "even": charts.even(one),
-        "heads": max(len(row) for row in one.values),
-        "panels": [
-            {"key": f"map{index}-{panel}", "title": title} for panel, title in charts.PANELS
-        ],
-    }
+        "name": name, "sections": words["sections"], "left": len(data.words) - len(words["text"]),
+        "words": [] if long else _words(data),
+    }  # fmt: skip
 
 
-def _tables(data: ReportData) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": _name(data, one),
-            "caption": f"{one.meaning} Unit: {one.unit}; even attention: "
-            f"{charts.even(one)}.",
-            "head": ["layer", "head", *(title for _, title in charts.PANELS)],
-            "rows": [[*cell[:2], *(f"{x:.4g}" for x in cell[2:5])] for cell in one.cells()],
-        }
-        for one in data.maps
-    ]  # fmt: skip
+def citation(data: ReportData, digest: str) -> str:
+    """One line that says what was measured with what."""
+    revision = data.revision or "revision unknown"
+    return (
+        f"Attention of {data.model} ({revision}) on a text of {len(data.tokens)} tokens (SHA-256 "
+        f"{digest[:16]}…), measured with attnbias {data.version}."
+    )
 
 
 def _made(data: ReportData, digest: str) -> list[tuple[str, str]]:

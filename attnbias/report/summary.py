@@ -28,7 +28,17 @@ RECEIVED_TIMES = 4.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement: what was found, its number, what the controls show, and how to read it."""
+    """One statement: what was found, its number, what the controls show, and how to read it.
+
+    Attributes:
+        key, name: of the kind of bias looked for. strong: it passed, and random weights do not.
+        statement: the number. strongest: the head (word) that shows most of it, with its interval.
+        controls: the same number for the shuffled text and for random weights.
+        interval: how the number moves within the 95% intervals, and what these are over.
+        reading: what the controls mean. threshold: what was asked for.
+        counts: heads (words) that pass in this text, shuffled, with random weights; out of `total`.
+        heads: (tower, layer, head) of those that pass, the furthest first.
+    """
 
     key: str
     name: str
@@ -38,6 +48,10 @@ class Finding:
     controls: tuple[str, str]
     reading: str
     threshold: str
+    interval: str = ""
+    counts: tuple[int, int, int] = (0, 0, 0)
+    total: int = 0
+    heads: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,25 +114,28 @@ def _share(value: float, even: float) -> str:
     return f"{percent(value)} (even: {percent(even)})"
 
 
-def _goes_to(which: str, place: int) -> Callable[[ReportData], str]:
+def _goes_to(which: str, place: int | None) -> Callable[[ReportData], str]:
     return lambda data: (
-        f"at least {percent(SINK_SHARE)} of the attention goes to the {which} token "
-        f"(“{data.tokens[place]}”)"
+        f"at least {percent(SINK_SHARE)} of the attention goes to {which}"
+        + ("" if place is None else f" (“{data.tokens[place]}”)")
     )
 
 
-def _sink_rule(which: str, place: int) -> _Rule:
+def _share_rule(key: str, which: str, place: int | None = None) -> _Rule:
     return _Rule(
-        key=f"{which}_token", name=f"attention to the {which} token", most=True, passes=_sink,
+        key=key, name=f"attention to {which}", most=True, passes=_sink,
         says=_goes_to(which, place), show=_share,
-        threshold=f"a head with {percent(SINK_SHARE)} or more of its attention on the {which} "
-        "token (and at least twice the even share)",
+        threshold=f"a head with {percent(SINK_SHARE)} or more of its attention on {which} "
+        "(and at least twice the even share)",
     )  # fmt: skip
 
 
 RULES = (
-    _sink_rule("first", 0),
-    _sink_rule("last", -1),
+    _share_rule("first_token", "the first token", 0),
+    _share_rule("previous_token", "the previous token"),
+    _share_rule("next_token", "the next token"),
+    _share_rule("own_token", "the token itself"),
+    _share_rule("last_token", "the last token", -1),
     _Rule(
         key="entropy", name="narrow attention", most=False,
         passes=lambda value, even: value < NARROW_ENTROPY * even,
@@ -143,9 +160,9 @@ RULES = (
 def summarise(data: ReportData) -> Summary:
     """The findings of `data`, each against its stated threshold and its two controls.
 
-    A finding is strong when at least one head (or word) passes the threshold and, with random
-    weights, fewer than half as many do: what an untrained model shows as well is told, but it is
-    not called a bias of this model.
+    A finding is strong when at least one head (or word) passes the threshold with the whole of its
+    interval and, with random weights, fewer than half as many do: what an untrained model shows as
+    well is told, but it is not called a bias of this model.
     """
     findings = [
         _map_finding(data, rule, one)
@@ -181,6 +198,43 @@ def _end(rule: _Rule, cells: list[Cell], panel: str) -> tuple[Cell | None, str]:
     return best, rule.show(getattr(best, panel), best.even)
 
 
+def _reach(rule: _Rule, cells: list[Cell]) -> tuple[int, int]:
+    """Heads that pass with the whole of their interval, and with some of it."""
+    ends = [
+        sorted(
+            rule.passes(cell.values if math.isnan(end) else end, cell.even)
+            for end in (cell.low, cell.high)
+        )
+        for cell in cells
+    ]
+    return sum(sure for sure, _ in ends), sum(some for _, some in ends)
+
+
+def _far(rule: _Rule) -> Callable[[Cell], float]:
+    """Sorts the heads furthest on the side that the rule looks at first."""
+    return lambda cell: (-1 if rule.most else 1) * cell.values / max(cell.even, 1e-12)
+
+
+def _interval(cells: list[Cell], blocks: int, sure: int, some: int) -> str:
+    if all(math.isnan(cell.low) for cell in cells):
+        return ""
+    return (
+        f"Within the 95% intervals (bootstrap over {blocks} blocks of query positions), {sure} to "
+        f"{some} of {len(cells)} heads pass."
+    )
+
+
+def _between(rule: _Rule, cell: Cell) -> str:
+    """ "; 95% interval a to b" where there is one."""
+    if math.isnan(cell.low):
+        return rule.show(cell.values, cell.even)
+    shown = rule.show(cell.values, cell.even)
+    low, high = (rule.show(end, cell.even).partition(" (")[0] for end in (cell.low, cell.high))
+    first, bracket, rest = shown.partition(" (")
+    inside = f"95% interval {low} to {high}"
+    return f"{first} ({inside}; {rest}" if bracket else f"{first} ({inside})"
+
+
 def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
     cells = one.cells()
     total = len(cells)
@@ -190,7 +244,10 @@ def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
         rule.passes(cell.values, cell.even) and rule.passes(cell.shuffled, cell.even)
         for cell in cells
     )
-    best, value = _end(rule, cells, "values")
+    best, _ = _end(rule, cells, "values")
+    value = "not measured" if best is None else _between(rule, best)
+    sure, some = _reach(rule, cells)
+    passing = sorted((c for c in cells if rule.passes(c.values, c.even)), key=_far(rule))
     word = "most" if rule.most else "least"
     statement = f"In {found} of {total} heads{tower} {rule.says(data)}."
     if not found:
@@ -199,7 +256,7 @@ def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
     return Finding(
         key=rule.key,
         name=rule.name,
-        strong=found > 0 and 2 * random < found,
+        strong=sure > 0 and 2 * random < found,
         statement=statement,
         strongest=f"The {word}: {where}{value}.",
         controls=(
@@ -210,6 +267,10 @@ def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
         ),
         reading=_reading(found, kept, random),
         threshold=f"Threshold: {rule.threshold}.",
+        interval=_interval(cells, data.blocks, sure, some),
+        counts=(found, shuffled, random),
+        total=total,
+        heads=tuple((one.tower, cell.layer, cell.head) for cell in passing),
     )
 
 
@@ -257,6 +318,8 @@ def _word_finding(data: ReportData) -> Finding:
     placed = over([min(word.received, word.in_place) for word in words])
     total, top = len(words), words[: max(1, min(3, found))]
     listed = ", ".join(f"“{word.text}” {times(word.received)}" for word in top)
+    sure = over([word.received if math.isnan(word.low) else word.low for word in words])
+    some = over([word.received if math.isnan(word.high) else word.high for word in words])
     statement = (
         f"{found} of {total} words receive at least {times(RECEIVED_TIMES)} their even share."
     )
@@ -270,7 +333,7 @@ def _word_finding(data: ReportData) -> Finding:
     return Finding(
         key="received",
         name="attention to single words",
-        strong=found > 0 and 2 * random < found,
+        strong=sure > 0 and 2 * random < found,
         statement=statement,
         strongest=f"The most: {listed} the even share.",
         controls=_word_controls(top[0], total, shuffled, random),
@@ -278,6 +341,18 @@ def _word_finding(data: ReportData) -> Finding:
         threshold=(
             f"Threshold: a word with {times(RECEIVED_TIMES)} its even share, mean over all heads."
         ),
+        interval=_word_interval(top[0], sure, some),
+        counts=(found, shuffled, random),
+        total=total,
+    )
+
+
+def _word_interval(top: Word, sure: int, some: int) -> str:
+    if math.isnan(top.low):
+        return ""
+    return (
+        f"Within the 95% intervals (bootstrap over the heads) {sure} to {some} words pass; "
+        f"“{top.text}” {times(top.low)} to {times(top.high)}."
     )
 
 
