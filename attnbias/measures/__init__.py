@@ -15,6 +15,10 @@ from attnbias.measures.head_pruning import HeadPruning, Pruned, remove_heads
 from attnbias.measures.in_context import InContext, InContextAblation, InContextScore
 from attnbias.measures.induction_heads import InductionHeads
 from attnbias.measures.massive_activations import MassiveActivations
+from attnbias.measures.position_curve import PositionCurve, position_curve
+from attnbias.measures.position_saliency import PositionSaliency
+from attnbias.measures.position_sensitivity import PositionSensitivity, Retrieval
+from attnbias.measures.positional_heads import PositionalHeads
 from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
 from attnbias.measures.sink_metric import SinkMetric
@@ -34,11 +38,17 @@ __all__ = [
     "Influence",
     "MassiveActivations",
     "Measure",
+    "PositionCurve",
+    "PositionSaliency",
+    "PositionSensitivity",
+    "PositionalHeads",
     "Pruned",
+    "Retrieval",
     "RetrievalHeads",
     "Scores",
     "SinkMetric",
     "haystacks",
     "moments_of",
+    "position_curve",
     "remove_heads",
 ]
