@@ -10,10 +10,13 @@ from __future__ import annotations
 from attnbias.measures.adaptive_heads import AdaptiveHeads, AdaptiveScores, moments_of
 from attnbias.measures.attention_influence import AttentionInfluence, Influence
 from attnbias.measures.base import HeadMeasure, Measure
+from attnbias.measures.cmr import CMR
+from attnbias.measures.episodic_memory import EpisodicMemory
 from attnbias.measures.head_importance import HeadAblation, HeadImportance
 from attnbias.measures.head_pruning import HeadPruning, Pruned, remove_heads
 from attnbias.measures.in_context import InContext, InContextAblation, InContextScore
 from attnbias.measures.induction_heads import InductionHeads
+from attnbias.measures.lag_profile import LagProfile
 from attnbias.measures.massive_activations import MassiveActivations
 from attnbias.measures.position_curve import PositionCurve, position_curve
 from attnbias.measures.position_saliency import PositionSaliency
@@ -24,9 +27,11 @@ from attnbias.measures.scores import Scores
 from attnbias.measures.sink_metric import SinkMetric
 
 __all__ = [
+    "CMR",
     "AdaptiveHeads",
     "AdaptiveScores",
     "AttentionInfluence",
+    "EpisodicMemory",
     "HeadAblation",
     "HeadImportance",
     "HeadMeasure",
@@ -36,6 +41,7 @@ __all__ = [
     "InContextScore",
     "InductionHeads",
     "Influence",
+    "LagProfile",
     "MassiveActivations",
     "Measure",
     "PositionCurve",
