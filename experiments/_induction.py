@@ -30,7 +30,8 @@ class Smeared(nn.Module):
         parts = keys.unflatten(-1, (self.heads, -1))
         before = torch.cat([parts[:, :1], parts[:, :-1]], 1)
         share = torch.sigmoid(self.alpha)[:, None]
-        return (share * parts + (1 - share) * before).flatten(-2)
+        found: Tensor = (share * parts + (1 - share) * before).flatten(-2)
+        return found
 
 
 def decoder(seed: int, layers: int, heads: int, *, smeared: bool = False) -> Any:

@@ -13,7 +13,7 @@ OUTPUTS = slice(COUNT, 2 * COUNT)  # the rows whose next token is an answer
 
 
 def moving_sums(rows: int, generator: torch.Generator) -> Tensor:
-    """``(rows, 33)``: 16 integers of 1 to 16, the separator, and ``x_1, (x_{i-1} + x_i) mod 17``."""
+    """``(rows, 33)``: 16 integers, the separator, and ``x_1, (x_{i-1} + x_i) mod 17``."""
     given = torch.randint(1, MODULUS, (rows, COUNT), generator=generator)
     sums = torch.cat([given[:, :1], (given[:, 1:] + given[:, :-1]) % MODULUS], 1)
     return torch.cat([given, given.new_full((rows, 1), MODULUS), sums], 1)
@@ -141,7 +141,7 @@ def school(
         rows = moving_sums(batch, generator)
         optimizer.zero_grad(set_to_none=True)
         loss = model.loss(rows, factors)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         if step % every and step > 1:
             continue

@@ -22,7 +22,7 @@ ELSEWHERE = 8  # of 16 integers: the control scales as many entries, half a list
 TRAININGS = {
     "1": (1.0, 0, 400),
     "10": (10.0, 0, 400),
-    "10_elsewhere": (10.0, ELSEWHERE, 400),
+    "10_elsewhere": (10.0, ELSEWHERE, 300),
     "2.5": (2.5, 0, 400),
     "0.5": (0.5, 0, 2000),
     "0.2": (0.2, 0, 2000),
@@ -44,7 +44,7 @@ def trained(seed: int, name: str) -> Course:
 
 
 def plateau(course: Course) -> int:
-    """The step at which half of the generated answers are right; the last step if they never are."""
+    """The step at which half of the generated answers are right; the last one if they never are."""
     return course.first(course.accuracy, 0.5, course.steps[-1])
 
 

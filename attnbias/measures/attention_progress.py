@@ -24,7 +24,7 @@ def progress(maps: Tensor, correct: Tensor) -> Tensor:
 
 
 def repetition(answers: Tensor) -> Tensor:
-    """The share of neighbouring answers ``(batch, length)`` that are the same token: ``(batch,)``."""
+    """The share of equal neighbours among answers ``(batch, length)``: ``(batch,)``."""
     return (answers[:, 1:] == answers[:, :-1]).double().mean(1)
 
 

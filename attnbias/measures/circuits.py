@@ -123,7 +123,7 @@ def _last_norm(root: Any) -> nn.Module | None:
 
 
 def _folded(weight: Tensor, norm: Any) -> Tensor:
-    """What a norm's gain (and centring) makes of a matrix ``(..., size, columns)`` that reads it."""
+    """A matrix ``(..., size, columns)`` with the gain (and centring) of the norm that it reads."""
     gain = getattr(norm, "weight", None)
     if gain is None:
         return weight

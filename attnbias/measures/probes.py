@@ -82,7 +82,7 @@ def drawer(
         first = given if isinstance(given, int) and 0 <= given < size else None
     if first is not None and (isinstance(first, bool) or not 0 <= first < size):
         raise AttnbiasError(f"{name}: first must be 'model', None or below {size}, got {first!r}.")
-    allowed = allowed.unique() if first is None else allowed[allowed != first].unique()
+    allowed = torch.unique(allowed if first is None else allowed[allowed != first])
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and 0 < most < longest:
         raise AttnbiasError(
@@ -118,9 +118,9 @@ def attention_at(
 
     looks = [ab.statistics.At(name, count=at.shape[-1]) for name, at in targets.items()]
     numbers = [site.layer for site in sites(model) if site.tower == tower]
-    with torch.no_grad():
-        with ab.observe(model, looks, targets=targets, layers={tower: numbers}) as seen:
-            out = model(input_ids=ids)
+    layers = {tower: numbers}
+    with torch.no_grad(), ab.observe(model, looks, targets=targets, layers=layers) as seen:
+        out = model(input_ids=ids)
     found = {}
     for look in looks:
         shown = seen.tensor(look.label, tower)

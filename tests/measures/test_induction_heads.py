@@ -121,10 +121,8 @@ def test_matrices_are_those_of_the_module_and_the_score_that_of_the_whole_matrix
     with torch.no_grad():
         for token in (5, 17):  # one token attends to itself alone: the module is linear
             model(torch.tensor([[token]]))
-            kept = {layer: pair for layer, pair in seen.items()}
             if token == 5:
-                first = kept
-                seen = {}
+                first, seen = seen, {}
     for handle in handles:
         handle.remove()
     want = []
@@ -216,7 +214,7 @@ def test_what_it_refuses() -> None:
         InductionHeads(4, 2, tokens=[5, 6, 7]).measure(subject.model)
     with pytest.raises(AttnbiasError, match="first"):
         InductionHeads(4, 2, first=200).measure(subject.model)
-    with pytest.raises(Refused, match="token embeddings|one tower"):
+    with pytest.raises(Refused, match="one tower"):
         InductionHeads(4, 2).measure(models.vit().model)
     with pytest.raises(Refused, match="one tower of text"):
         InductionHeads(4, 2).measure(models.bart("encoder").model)
