@@ -39,6 +39,9 @@ class Grid:
                 f"Grid(order) must name each of {self.patches} patches once, got {self.order!r}."
             )
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns} from {self.start}"
+
     @property
     def patches(self) -> int:
         """How many patches there are."""
@@ -54,17 +57,17 @@ class Grid:
         at = torch.arange(self.patches) if self.order is None else torch.tensor(self.order)
         return (self.start + at).reshape(self.rows, self.columns)
 
-    def places(self, length: int) -> Tensor:
-        """``(length, 2)``: row and column of each token position, -1 for what is no patch."""
-        found = torch.full((length, 2), -1)
-        at = self.positions().flatten()
-        row, column = torch.meshgrid(
-            torch.arange(self.rows), torch.arange(self.columns), indexing="ij"
-        )
-        cells = torch.stack([row.flatten(), column.flatten()], -1)
-        known = at < length
-        found[at[known]] = cells[known]
-        return found
+    def cells(self, positions: Tensor) -> Tensor:
+        """``(..., 2)``: row and column of token positions ``(...)``, -1 for what is no patch."""
+        place = positions - self.start
+        known = (place >= 0) & (place < self.patches)
+        place = torch.where(known, place, 0)
+        if self.order is not None:
+            at = torch.empty(self.patches, dtype=torch.long)
+            at[torch.tensor(self.order)] = torch.arange(self.patches)
+            place = at.to(place.device)[place]
+        cell = torch.stack([place // self.columns, place % self.columns], -1)
+        return torch.where(known[..., None], cell, -1)
 
     def over(self, values: Tensor) -> Tensor:
         """Values ``(..., tokens)`` by token position as ``(..., rows, columns)``."""

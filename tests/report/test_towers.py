@@ -92,7 +92,7 @@ def test_blocks_of_patches_are_laid_out_as_the_image_is() -> None:
     shown = seen.picture.pixels[2::4, 2::4, 0].double()
     want = torch.arange(16.0).reshape(4, 4) / 15 * 255
     assert torch.allclose(shown, want.double(), atol=1)
-    assert grid.places(16)[grid.positions()[2, 3]].tolist() == [2, 3]
+    assert grid.cells(grid.positions()[2, 3]).tolist() == [2, 3]
 
 
 def test_class_tokens_and_registers_are_told_apart() -> None:
