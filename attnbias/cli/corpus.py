@@ -1,4 +1,4 @@
-"""`attnbias observe MODEL --corpus FILE --out DIR`: a corpus, in a folder that keeps what is done."""
+"""`attnbias observe MODEL --corpus FILE --out DIR`: a corpus, in a folder that keeps the work."""
 
 from __future__ import annotations
 

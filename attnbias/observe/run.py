@@ -28,19 +28,30 @@ class Run:
 
     def add(self, scene: Scene, sums: list[Tensor]) -> None:
         """Take in the sums of one more call."""
-        counted = scene.counted
-        self._queries += counted.sum(-1)
-        for place, (statistic, found) in enumerate(zip(self.statistics, sums, strict=True)):
-            if statistic.over == "sequence":
-                total = self._totals[place]
-                self._totals[place] = found if total is None else total + found
-            elif statistic.over == "query":
-                shown = counted if found.ndim == 3 else counted[..., None]
-                values = torch.where(shown, found, torch.nan).to(scene.query)
-                self._parts[place].append((scene.query_positions, values))
-            else:
-                before = self._totals[place]
-                self._totals[place] = _grown(before, scene.key_positions, found)
+        self._queries += scene.counted.sum(-1)
+        for place, found in enumerate(sums):
+            self._take(place, scene, found)
+        self._settle(scene)
+
+    def _take(self, place: int, scene: Scene, found: Tensor) -> None:
+        """Take in the sums of one statistic over all queries of a call."""
+        if self.statistics[place].over == "query":
+            counted = scene.counted
+            shown = counted if found.ndim == 3 else counted[..., None]
+            values = torch.where(shown, found, torch.nan).to(scene.query)
+            self._parts[place].append((scene.query_positions, values))
+        else:
+            self._add_total(place, scene, found)
+
+    def _add_total(self, place: int, scene: Scene, found: Tensor) -> None:
+        total = self._totals[place]
+        if self.statistics[place].over == "sequence":
+            self._totals[place] = found if total is None else total + found
+        else:
+            self._totals[place] = grown(total, scene.key_positions, found)
+
+    def _settle(self, scene: Scene) -> None:
+        """Remember where the call stopped."""
         self._last = torch.maximum(self._last, scene.query_positions.amax(-1))
         self._marks = _marks(scene, self._last)
 
@@ -51,7 +62,12 @@ class Run:
         if self.statistics[place].over != "query":
             assert total is not None
             return Gathered(total.clone(), queries)
-        return Gathered(_laid_out(self._parts[place]), queries)
+        return Gathered(laid_out(self._parts[place]), queries)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums lie."""
+        return self._queries.device
 
     def size(self) -> dict[str, int]:
         """Rows of the batch, heads, and the number of tokens of the longest row."""
@@ -105,25 +121,27 @@ def _marks(scene: Scene, last: Tensor) -> Tensor | None:
     return scene.key.gather(2, index).flatten(1) * (last >= 0)[:, None]
 
 
-def _grown(total: Tensor | None, positions: Tensor, found: Tensor) -> Tensor:
+def grown(
+    total: Tensor | None, positions: Tensor, found: Tensor, kind: torch.dtype = torch.float64
+) -> Tensor:
     """Add per-key sums by position; NaN marks positions that a row does not have."""
     batch, heads = found.shape[:2]
     length = int(positions.amax()) + 1 if positions.numel() else 0
     have = 0 if total is None else total.shape[2]
     size = max(length, have)
     grown = torch.full(
-        (batch, heads, size, *found.shape[3:]), torch.nan, dtype=torch.float64, device=found.device
+        (batch, heads, size, *found.shape[3:]), torch.nan, dtype=kind, device=found.device
     )
     if total is not None:
         grown[:, :, :have] = total
     for row in range(batch):
         slots = (positions[row] >= 0).nonzero()[:, 0]
         at = positions[row, slots]
-        grown[row][:, at] = grown[row][:, at].nan_to_num(0.0) + found[row][:, slots].double()
+        grown[row][:, at] = grown[row][:, at].nan_to_num(0.0) + found[row][:, slots].to(kind)
     return grown
 
 
-def _laid_out(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def laid_out(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Per-query values by position, the parts one after the other."""
     positions = torch.cat([p for p, _ in parts], -1)
     values = torch.cat([v for _, v in parts], 2)

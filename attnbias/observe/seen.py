@@ -12,7 +12,8 @@ from torch import Tensor
 
 from attnbias.errors import AttnbiasError
 from attnbias.observe.run import Run
-from attnbias.observe.statistic import Statistic
+from attnbias.observe.sampling import SampledRun, Sampler, errors
+from attnbias.observe.statistic import Gathered, Statistic
 from attnbias.observe.table import Row, Table
 
 if TYPE_CHECKING:
@@ -59,9 +60,12 @@ class Labelled:
 class Seen:
     """The result of `observe`; can be read inside the context and after it."""
 
-    def __init__(self, statistics: list[Statistic], spans: dict[str, Any]) -> None:
+    def __init__(
+        self, statistics: list[Statistic], spans: dict[str, Any], sampler: Sampler | None = None
+    ) -> None:
         self.statistics = statistics
         self.spans = spans
+        self.sampler = sampler
         self._runs: dict[Site, list[Run]] = {}
 
     @property
@@ -82,7 +86,8 @@ class Seen:
         """One row for each head and statistic: the mean over all real query positions of all rows.
 
         What a statistic shows instead where that mean says nothing is in its docstring. Runs are
-        taken together; `run` picks one.
+        taken together; `run` picks one. Where queries were sampled, each row has the standard
+        error of its value.
         """
         if run is not None and not 0 <= run < self.runs:
             raise AttnbiasError(f"run must be between 0 and {self.runs - 1}, got {run}.")
@@ -102,14 +107,42 @@ class Seen:
             (entries,) = statistic.labels(tuple(self.spans)).values()
             names = [f"{statistic.name}[{entry}]" for entry in entries]
         columns = values.reshape(len(values), -1)
+        unsure = self._errors(runs, place, values)
         return [
-            Row(site.tower, site.layer, head, name, float(columns[head, at]))
+            Row(
+                site.tower,
+                site.layer,
+                head,
+                name,
+                float(columns[head, at]),
+                None if unsure is None else float(unsure[head, at]),
+            )
             for at, name in enumerate(names)
             for head in range(len(columns))
         ]
 
+    def _errors(self, runs: list[Run], place: int, values: Tensor) -> Tensor | None:
+        """(heads, entries): standard errors of the sampling; None where nothing is sampled."""
+        if self.sampler is None:
+            return None
+        if not any(isinstance(r, SampledRun) and r.drawn[place] for r in runs):
+            return torch.where(values.isnan(), torch.nan, 0.0).reshape(len(values), -1)
+
+        def gathered(signs: Tensor) -> list[Gathered]:
+            return [
+                r.gathered(place, signs.to(r.device))
+                if isinstance(r, SampledRun)
+                else r.gathered(place)
+                for r in runs
+            ]
+
+        found = errors(self.statistics[place], gathered, values, self.sampler.signs)
+        return found.reshape(len(values), -1)
+
     def tensor(self, name: str, tower: str | None = None) -> Labelled:
         """The values of a statistic with the axes ("run", "layer", "batch", "head", ...).
+
+        Where queries were sampled, those not drawn are NaN, and sums over queries are estimates.
 
         Args:
             name: label (``"received[queries]"``) or name (``"received"``) of a statistic.
@@ -165,7 +198,9 @@ class Seen:
         return tower
 
     def _meta(self) -> dict[str, Any]:
+        drawn = {} if self.sampler is None else {"queries": self.sampler.queries}
         return {
+            **drawn,
             "statistics": [
                 {"label": s.label, "name": s.name, "parameters": s.parameters()}
                 for s in self.statistics

@@ -23,10 +23,21 @@ class Gathered:
             keys); NaN where a row of the batch has no such position, or its query sees nothing.
             (batch, heads, channels) for a statistic over the sequence.
         queries: (batch, heads): how many queries were counted (tokens that see at least one key).
+        weights: (batch, positions) how many queries each stands for, where queries were sampled;
+            None where every query stands for itself. Sums over keys or the sequence are scaled up
+            already.
     """
 
     sums: Tensor
     queries: Tensor
+    weights: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """(batch, heads[, channels]): the sum over query positions, each as what it stands for."""
+        if self.weights is None:
+            return self.sums.nansum(2)
+        shape = (len(self.weights), 1, -1, *(1,) * (self.sums.ndim - 3))
+        return (self.sums.nan_to_num(0.0) * self.weights.view(shape)).sum(2)
 
 
 class Statistic(ABC):
@@ -50,6 +61,9 @@ class Statistic(ABC):
     # What `fused` reads that one compiled sweep over the map finds as well, for any bias: of
     # "columns", "inner", "gap", "peak" and "features" (those asked for in `plan`).
     swept: ClassVar[tuple[str, ...]] = ()
+    # Whether a `summary` of its own over queries heeds `Gathered.weights` (see `Gathered.total`);
+    # without, `observe(..., queries=)` refuses the statistic.
+    weighs: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
@@ -116,11 +130,29 @@ class Statistic(ABC):
         """(heads[, channels]): by default the mean over all real queries of all rows and runs."""
         values = [self.finish(g).movedim(1, 0) for g in gathered]
         flat = values if self.over == "sequence" else [v.flatten(1, 2) for v in values]
-        return torch.nanmean(torch.cat(flat, 1), 1)
+        if all(g.weights is None for g in gathered):
+            return torch.nanmean(torch.cat(flat, 1), 1)
+        stands = torch.cat([_stands(g) for g in gathered])
+        return _mean(torch.cat(flat, 1), stands)
 
     def start(self, scene: Scene) -> State:
         """An empty state for the tiles of one call."""
         return State(self, scene)
+
+
+def _stands(gathered: Gathered) -> Tensor:
+    """(batch x positions): how many queries each position stands for."""
+    if gathered.weights is not None:
+        return gathered.weights.flatten()
+    size = gathered.sums.shape[0] * gathered.sums.shape[2]
+    return gathered.sums.new_ones(size)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of (heads, entries[, channels]) over the entries that are there."""
+    weights = weights.view(1, -1, *(1,) * (values.ndim - 2)).expand_as(values)
+    weights = torch.where(values.isnan(), 0.0, weights)
+    return (values.nan_to_num(0.0) * weights).sum(1) / weights.sum(1)
 
 
 class State:

@@ -36,6 +36,7 @@ class SinkRate(Statistic):
     """
 
     name: ClassVar[str] = "sink_rate"
+    weighs: ClassVar[bool] = True
     threshold: float = 0.3
     token: int = 0
 
@@ -71,7 +72,7 @@ class SinkRate(Statistic):
         return torch.stack([share, scene.sees(slot).expand_as(share).to(share)], -1)
 
     def finish(self, gathered: Gathered) -> Tensor:
-        share, seen = gathered.sums.nansum(2).unbind(-1)
+        share, seen = gathered.total().unbind(-1)
         return torch.where(seen > 0, (share / seen > self.threshold).double(), torch.nan)
 
     def axes(self) -> tuple[str, ...]:

@@ -1,0 +1,372 @@
+"""A sample of the queries of a call instead of all of them, with a stated error.
+
+The real queries of a row of the batch stand in a ring that is cut into K strata of equal size (to
+within one), begun at a random place; one query is drawn from each. Each query of the row is then
+drawn with probability K / N exactly, the first and the last like any other, without replacement,
+and the sample is spread evenly. Neighbouring strata are pairs. The standard error comes from
+balanced repeated replication (McCarthy 1969): replicates weigh one query of each pair up and the
+other down, with signs of a Hadamard matrix over classes of pairs; the spread of a value over the
+replicates is its error. The weights move by ``sqrt(1 - K / N)``, which is the correction for a
+finite population, so that a sample of all queries has the error 0. Difference of neighbours within
+a stratum counts, a trend along the text does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnbias.bias import Bias
+from attnbias.errors import AttnbiasError, Refused
+from attnbias.observe.run import Run, grown, laid_out
+from attnbias.observe.scene import Scene, one
+from attnbias.observe.statistic import Gathered, Statistic, measure
+
+if TYPE_CHECKING:
+    from attnbias.hub import Call
+
+CLASSES = (15, 7, 3, 1)  # of pairs of strata: as many degrees of freedom has the error
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The queries drawn in one call.
+
+    Attributes:
+        slots: (B, k) query slots in their order, -1 for none (a row with fewer queries).
+        weights: (B,) how many queries each stands for. shrink: (B,) ``sqrt(1 - K / N)``, 0 where
+            all queries of the row are taken.
+        signs: (B, k) 1 or -1, the side within the pair. classes: (B, k) of the pair.
+    """
+
+    slots: Tensor
+    weights: Tensor
+    shrink: Tensor
+    signs: Tensor
+    classes: Tensor
+
+
+class Sampler:
+    """Draws K queries of each row in each call; the same draws for the same seed and calls.
+
+    Args:
+        queries: K, 2 or more; an odd number is taken as the next even one.
+        seed: of all draws.
+    """
+
+    def __init__(self, queries: int, seed: int = 0) -> None:
+        for name, value, least in (("queries", queries, 2), ("seed", seed, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise AttnbiasError(
+                    f"{name} must be a whole number of {least} or more, got {value!r}."
+                )
+        self.queries = queries + queries % 2
+        self.classes = next(c for c in CLASSES if c <= self.queries // 2)
+        self.signs = hadamard(self.classes + 1)[:, 1:]  # (replicates, classes)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, real: Tensor) -> Draw | None:
+        """A sample of the queries that are tokens, (B, N) bool; None where all are to be taken."""
+        rows = [row.nonzero()[:, 0] for row in real.cpu()]
+        if all(len(slots) <= self.queries for slots in rows):
+            return None
+        drawn = [self._row(slots) for slots in rows]
+        slots, signs, classes = (
+            torch.nn.utils.rnn.pad_sequence([d[n] for d in drawn], True, fill)
+            for n, fill in ((0, -1), (1, 1), (2, 0))
+        )
+        size = torch.tensor([len(s) for s in rows]).clamp_min(1).double()
+        taken = torch.tensor([len(d[0]) for d in drawn]).clamp_min(1).double()
+        found = (slots, size / taken, (1 - taken / size).sqrt(), signs, classes)
+        return Draw(*(part.to(real.device) for part in found))
+
+    def _row(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size, draw = len(slots), self._random
+        pairs = torch.arange(self.queries) // 2
+        signs = (1 - 2 * (draw(self.queries // 2) < 0.5).long())[pairs]
+        signs[1::2] *= -1
+        if size <= self.queries:
+            return slots, signs[:size], (pairs % self.classes)[:size]
+        bounds = torch.arange(self.queries + 1) * size // self.queries
+        width = bounds.diff()
+        at = bounds[:-1] + torch.minimum((draw(self.queries) * width).long(), width - 1)
+        at = (at + int(draw(1) * size)) % size
+        order = at.argsort()
+        return slots[at[order]], signs[order], (pairs % self.classes)[order]
+
+    def _random(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's matrix of signs, `size` a power of two; its rows are orthogonal."""
+    found = torch.ones(1, 1, dtype=torch.float64)
+    while len(found) < size:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return found
+
+
+def check_sampled(statistics: list[Statistic]) -> None:
+    """Refuse a statistic whose summary does not know that a query may stand for several."""
+    for statistic in statistics:
+        own = type(statistic).summary is not Statistic.summary
+        if statistic.over == "query" and own and not statistic.weighs:
+            raise Refused(
+                f"{statistic.label} makes its summary from all queries and cannot be sampled; "
+                "leave queries= out for it."
+            )
+
+
+class Rows(Bias):
+    """Chosen rows of a bias: element b shows rows ``slots[b]`` of the batch row ``owner[b]``."""
+
+    def __init__(
+        self, bias: Bias, slots: Tensor, owner: Tensor, kept: dict[str, Any] | None = None
+    ) -> None:
+        self.bias, self.slots, self.owner = bias, slots, owner
+        self.queries, self.keys = slots.shape[1], bias.keys
+        self.is_mask, self.may_mask = bias.is_mask, bias.may_mask
+        self._kept = {} if kept is None else kept
+
+    @property
+    def batch(self) -> int:
+        return len(self.slots)
+
+    @property
+    def heads(self) -> int:
+        return self.bias.heads
+
+    def block(self, rows: slice, cols: slice) -> Tensor:
+        where = (self.owner.tolist(), self.slots[:, rows].tolist(), cols.start, cols.stop)
+        shared = self.bias.heads == 1  # then the heads ask for the same block one after the other
+        if shared and self._kept.get("where") == where:
+            return self._kept["block"]  # type: ignore[no-any-return]
+        parts = []
+        for owner, slots in zip(where[0], where[1], strict=True):
+            part = self.bias[one(self.bias.batch, owner), :, :, :]
+            lines = [part.block(slice(*run), cols) for run in _runs(slots)]
+            parts.append(torch.cat([x.expand(1, self.heads, *x.shape[2:]) for x in lines], 2))
+        block = torch.cat(parts)
+        if shared:
+            self._kept.update(where=where, block=block)
+        return block
+
+    def dense(self) -> Tensor:
+        assert self.queries is not None
+        assert self.keys is not None
+        return self.block(slice(0, self.queries), slice(0, self.keys))
+
+    def span(self, rows: slice) -> tuple[int, int]:
+        at = self.slots[:, rows]
+        at = at[at >= 0]
+        if at.numel() == 0:
+            return (0, 0)
+        return self.bias.span(slice(int(at.min()), int(at.max()) + 1))
+
+    def _select(self, batch: slice, heads: slice, rows: slice, cols: slice) -> Bias:
+        inner = self.bias[..., heads, :, :] if self.bias.heads > 1 else self.bias
+        inner = inner[..., :, cols] if (cols.start, cols.stop) != (0, self.keys) else inner
+        return Rows(inner, self.slots[batch][:, rows], self.owner[batch], self._kept)
+
+    def transpose(self) -> Bias:
+        raise Refused("chosen rows of a bias have no transpose.")
+
+    def _scaled(self, factor: float | Tensor) -> Bias:
+        return Rows(self.bias._scaled(factor), self.slots, self.owner)
+
+
+def _runs(slots: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of slots that follow each other; padding reads row 0, which counts not."""
+    start = stop = None
+    for slot in (max(s, 0) for s in slots):
+        if start is not None and slot == stop:
+            stop = slot + 1
+            continue
+        if start is not None and stop is not None:
+            yield start, stop
+        start, stop = slot, slot + 1
+    if start is not None and stop is not None:
+        yield start, stop
+
+
+class _Part:
+    """A call with only the queries drawn; parts of the sample stand as rows of the batch."""
+
+    def __init__(self, call: Call, slots: Tensor, owner: Tensor) -> None:
+        at = slots.clamp_min(0)
+        query = call.query[owner]
+        place = at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        self.site, self.scale, self.sink = call.site, call.scale, call.sink
+        self.query = query.gather(2, place)
+        self.key, self.value = call.key[owner], call.value[owner]
+        self.bias = chosen(call.bias, slots, owner)
+        positions = call.query_positions.expand(call.query.shape[0], -1)[owner].gather(1, at)
+        self.query_positions = torch.where(slots >= 0, positions, -1)
+        self.key_positions = call.key_positions.expand(call.query.shape[0], -1)[owner]
+
+
+def chosen(bias: Bias | None, slots: Tensor, owner: Tensor) -> Bias | None:
+    """A bias at the rows drawn; a term that is the same for all queries stays as it is."""
+    if bias is None:
+        return None
+    terms = []
+    for term in bias.terms():
+        plain = term.queries is None and term.batch == 1
+        terms.append(term if plain else Rows(term, slots, owner))
+    return sum(terms[1:], terms[0])
+
+
+class SampledRun(Run):
+    """A run of which each call adds the sums of the queries drawn, scaled up, and their spread."""
+
+    def __init__(self, statistics: list[Statistic], scene: Scene, sampler: Sampler) -> None:
+        super().__init__(statistics, scene)
+        self.sampler = sampler
+        self.drawn = [False] * len(statistics)
+        self._weights: list[list[tuple[Tensor, Tensor]]] = [[] for _ in statistics]
+        self._spread: list[Tensor | None] = [None] * len(statistics)
+        shape = (scene.batch, scene.heads, sampler.classes)
+        self._shaken = torch.zeros(shape, dtype=torch.float64, device=scene.device)
+
+    def sample(
+        self, call: Call, extra: Bias | None, scene: Scene, draw: Draw | None, *, fused: bool
+    ) -> None:
+        """Take in one call by a sample of its queries; without one, by all of them.
+
+        Statistics that cost O(N) (the column of one key) take all queries in any case, where the
+        log-sum-exp is known from the forward.
+        """
+        every = range(len(self.statistics))
+        whole = [
+            n for n in every
+            if draw is None
+            or (fused and scene.lse_known and _light(self.statistics[n], scene))
+        ]  # fmt: skip
+        some = [n for n in every if n not in whole]
+        if whole:
+            found = measure(scene, [self.statistics[n] for n in whole], fused=fused)
+            for place, sums in zip(whole, found, strict=True):
+                self._take(place, scene, sums)
+        if draw is not None and some:
+            self._take_drawn(call, extra, scene, draw, some)
+        if not some or (draw is not None and scene.lse_known):
+            self._queries += scene.counted.sum(-1)
+        self._settle(scene)
+
+    def _take_drawn(
+        self, call: Call, extra: Bias | None, scene: Scene, draw: Draw, places: list[int]
+    ) -> None:
+        along = all(self.statistics[n].over == "query" for n in places)
+        slots, owner, classes, signs = _grouped(draw, self.sampler.classes, along)
+        part: Any = _Part(call, slots, owner)
+        sub = Scene(part, chosen(None if extra is None else extra.detach(), slots, owner))
+        sub.spans = {name: span[owner] for name, span in scene.spans.items()}
+        sub.targets = {name: at[owner] for name, at in scene.targets.items()}
+        found = measure(sub, [self.statistics[n] for n in places], fused=False)
+        batch, groups = scene.batch, len(slots) // scene.batch
+
+        def apart(given: Tensor) -> Tensor:
+            return given.view(batch, groups, *given.shape[1:])
+
+        def flat(given: Tensor) -> Tensor:  # (B, G, H, k, ...) -> (B, H, G k, ...)
+            return apart(given).movedim(1, 2).flatten(2, 3)
+
+        counted = flat(sub.counted)
+        positions = apart(sub.query_positions).flatten(1)
+        sign = apart(signs).flatten(1) * draw.shrink[:, None]
+        kind = apart(classes).flatten(1)
+        weight = draw.weights[:, None].expand_as(sign)
+        stands = torch.stack([weight, sign, kind.to(sign)], -1)[:, None]  # (B, 1, G k, 3)
+        counts = counted.double() * (weight * sign)[:, None]
+        spread = torch.zeros_like(self._shaken)
+        spread.scatter_add_(2, kind[:, None].expand_as(counts), counts)
+        if not scene.lse_known:
+            self._queries += (counted * weight[:, None]).sum(-1)
+            self._shaken += spread
+        for place, sums in zip(places, found, strict=True):
+            self.drawn[place] = True
+            over = self.statistics[place].over
+            if over == "query":
+                values = flat(sums)
+                shown = counted if values.ndim == 3 else counted[..., None]
+                values = torch.where(shown, values, torch.nan).to(scene.query)
+                self._parts[place].append((positions, values))
+                self._weights[place].append((positions, stands))
+                continue
+            parts = apart(sums.double()) * draw.weights.view(-1, *(1,) * sums.ndim)
+            tips = parts * draw.shrink.view(-1, *(1,) * sums.ndim)
+            # Groups are (class, +), (class, -) in turn: what their difference adds to a replicate.
+            tips = (tips[:, 0::2] - tips[:, 1::2]).movedim(1, -1).float()
+            self._add_total(place, scene, parts.sum(1))
+            old = self._spread[place]
+            if over == "sequence":
+                self._spread[place] = tips if old is None else old + tips
+            else:
+                self._spread[place] = grown(old, scene.key_positions, tips, torch.float32)
+
+    def _take(self, place: int, scene: Scene, found: Tensor) -> None:
+        super()._take(place, scene, found)
+        if self.statistics[place].over == "query":
+            ones = torch.zeros(scene.batch, 1, scene.queries, 3, dtype=torch.float64)
+            ones[..., 0] = 1
+            self._weights[place].append((scene.query_positions, ones.to(scene.device)))
+
+    def gathered(self, place: int, signs: Tensor | None = None) -> Gathered:
+        """The sums of one statistic; with signs (classes,), those of one replicate of the error."""
+        plain = super().gathered(place)
+        if not self.drawn[place]:
+            return plain
+        queries, sums, weights = plain.queries, plain.sums, None
+        if signs is not None:
+            queries = queries + self._shaken @ signs
+        if self.statistics[place].over == "query":
+            stands = laid_out(self._weights[place])[:, 0].nan_to_num(0.0)
+            weights, sign, kind = stands.unbind(-1)
+            if signs is not None:
+                weights = weights * (1 + sign * signs[kind.long()])
+        elif signs is not None:
+            spread = self._spread[place]
+            assert spread is not None
+            sums = sums + spread.double() @ signs
+        return Gathered(sums, queries, weights)
+
+
+def _light(statistic: Statistic, scene: Scene) -> bool:
+    return statistic.light(scene) and statistic.plan(scene)
+
+
+def _grouped(draw: Draw, classes: int, together: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sample as rows of a batch: (slots, row of the batch, class, sign), each (B G, k) but the
+    second, (B G,). One group for each row of the batch, or one for each class and sign."""
+    batch = len(draw.slots)
+    groups = 1 if together else 2 * classes
+    if together:
+        owner = torch.arange(batch, device=draw.slots.device)
+        return draw.slots, owner, draw.classes, draw.signs
+    group = 2 * draw.classes + (draw.signs < 0)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for b in range(batch):
+        for g in range(groups):
+            here = (group[b] == g) & (draw.slots[b] >= 0)
+            rows.append((draw.slots[b][here], draw.classes[b][here], draw.signs[b][here]))
+    slots, kinds, signs = (
+        torch.nn.utils.rnn.pad_sequence([row[n] for row in rows], True, fill)
+        for n, fill in ((0, -1), (1, 0), (2, 1))
+    )
+    owner = torch.arange(batch, device=slots.device).repeat_interleave(groups)
+    return slots, owner, kinds, signs
+
+
+def errors(
+    statistic: Statistic,
+    gathered: Callable[[Tensor], list[Gathered]],
+    value: Tensor,
+    signs: Tensor,
+) -> Tensor:
+    """Standard errors of a statistic's summary over sampled runs: the spread of the replicates."""
+    squares = [(statistic.summary(gathered(one)).double().cpu() - value).square() for one in signs]
+    return torch.stack(squares).nanmean(0).sqrt()
