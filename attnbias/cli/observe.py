@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnbias.cli import corpus
+from attnbias.cli import corpus, texts
 from attnbias.cli.loading import add_loading
 from attnbias.errors import AttnbiasError
 
@@ -22,7 +22,11 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser = subparsers.add_parser(
         "observe", help="where the attention of a model goes in a text, against two controls"
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, or a name on the model hub")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder, a name on the model hub, or a report saved by --json",
+    )
     parser.add_argument("--text", metavar="FILE", help='UTF-8 text, "-" for stdin')
     parser.add_argument("--image", type=Path, metavar="FILE", help="an image, alone or with a text")
     parser.add_argument("--report", type=Path, metavar="FILE", help="one self-contained HTML page")
@@ -33,6 +37,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything on the page as data")
     parser.add_argument("--layers", default="all", help='as in 0,3-5; default: "all"')
     parser.add_argument("--max-tokens", type=int, metavar="N", help="cut the text after N tokens")
+    texts.add(parser)
     corpus.add(parser)
     add_loading(parser)
 
@@ -40,47 +45,15 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 def run(args: argparse.Namespace) -> int:
     """Measure, write the files asked for (all or none), print the summary; returns 0."""
     if args.corpus is not None:
+        texts.check_unused(args, "--corpus")
         return corpus.run(args)
     corpus.check_unused(args)
     if args.image is not None:
+        texts.check_unused(args, "--image")
         from attnbias.cli import images
 
         return images.run(args, (("Command", command(args)),))
-    if args.text is None:
-        raise AttnbiasError(
-            "--text FILE, --image FILE or --corpus FILE must be given; see attnbias observe --help"
-        )
-    from attnbias.cli.loading import load, text_of
-    from attnbias.report.files import check_targets, write_all
-
-    targets = {name: path for name in OUTPUTS if (path := getattr(args, name)) is not None}
-    check_targets(targets.values())
-    layers = layer_numbers(args.layers)
-    text = text_of(args.text)
-    model, tokenizer, revision = load(
-        args.model, device=args.device, dtype=args.dtype, revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
-    from attnbias.report.collect import collect
-
-    data = collect(
-        model, tokenizer, text, name=_title(args.model), revision=revision, layers=layers,
-        max_tokens=args.max_tokens, progress=True,
-        settings=(("Command", command(args)), ("Precision and device", _where(model))),
-    )  # fmt: skip
-    write_all({path: content(name, data) for name, path in targets.items()})
-    tell(data, targets)
-    return 0
-
-
-def content(name: str, data: ReportData) -> bytes:
-    """The bytes of one output: "report", "png", "csv" or "json"."""
-    from attnbias.report import files, page
-
-    makers = {
-        "report": page.render, "png": page.png, "csv": files.to_csv, "json": files.to_json,
-    }  # fmt: skip
-    return makers[name](data)
+    return texts.run(args, (("Command", command(args)),))
 
 
 def layer_numbers(text: str) -> str | tuple[int, ...]:
@@ -98,8 +71,8 @@ def layer_numbers(text: str) -> str | tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def tell(data: ReportData, targets: dict[str, Path]) -> None:
-    """Print the summary and the names of the files written."""
+def tell(data: ReportData, targets: dict[str, Path], other: ReportData | None = None) -> None:
+    """Print the summary, what a second run changes, and the names of the files written."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -111,11 +84,22 @@ def tell(data: ReportData, targets: dict[str, Path]) -> None:
     summary = summarise(clean(data))
     console.print(Text(summary.verdict, style="bold"))
     for one in summary.findings:
-        lines = [one.statement, one.strongest, *one.controls, one.reading, one.threshold]
+        lines = [
+            one.statement, one.strongest, *one.controls, one.interval, one.reading, one.threshold,
+        ]  # fmt: skip
         mark = Text("* " if one.strong else "- ")
         grid = Table.grid()
         grid.add_row(mark, Text("\n".join(line for line in lines if line)))
         console.print("", grid)
+    if other is not None:
+        from attnbias.report.compare import compared
+
+        shown = [clean(data), clean(other)]
+        told = compared(shown[0], shown[1], [summarise(one) for one in shown])
+        console.print(Text(f"\nBeside the second run: {told.verdict}", style="bold"))
+        for change in told.differences:
+            if change.strong:
+                console.print(Text(f"* {change.statement} {change.largest} {change.controls}"))
     console.print(Text(f"\n{summary.standing}", style="italic"))
     for path in targets.values():
         console.print(Text(f"written: {path}"))
@@ -124,8 +108,8 @@ def tell(data: ReportData, targets: dict[str, Path]) -> None:
 def command(args: argparse.Namespace) -> str:
     """The command that gives this report again; outputs other than the page are left out."""
     words = ["attnbias", "observe", args.model]
-    for flag in ("image", "text"):
-        if getattr(args, flag) is not None:
+    for flag in ("image", "text", "compare"):
+        if getattr(args, flag, None) is not None:
             words += [f"--{flag}", Path(getattr(args, flag)).name]
     for flag in ("layers", "max_tokens", "device", "dtype", "revision"):
         value = getattr(args, flag)

@@ -106,6 +106,19 @@ class Scores:
         """Write the table as ``.csv`` or ``.json``, whole or not at all."""
         self.table().save(path)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the scores layer by layer and the highest heads, without a script."""
+        from attnbias.observe.display import heads
+
+        top = self.ranked()[:5]
+        told = "; ".join(f"layer {a}, head {b}: {self.of(a, b):.3g}" for a, b in top)
+        rows = [
+            (str(layer), line)
+            for layer, line in zip(self.layers, self.values.tolist(), strict=True)
+        ]
+        title = f"{self.name} ({self.tower}), mean of {len(self.samples)} samples"
+        return heads(title, rows, f"Highest: {told}")
+
     def __str__(self) -> str:
         lines = [f"{self.name} ({self.tower}), {len(self.samples)} samples; highest heads:"]
         for layer, head in self.ranked()[:10]:

@@ -74,6 +74,25 @@ class Table(list[Row]):
         ]
         return aligned(text)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: a table for each tower and statistic, without a script."""
+        from attnbias.observe.display import heads
+
+        grids: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
+        for row in self:
+            grid = grids.setdefault((row.tower, row.statistic), {})
+            grid.setdefault(row.layer, {})[row.head] = row.value
+        return "".join(
+            heads(
+                f"{statistic} ({tower})",
+                [
+                    (str(layer), [line.get(head) for head in range(max(line) + 1)])
+                    for layer, line in grid.items()
+                ],
+            )
+            for (tower, statistic), grid in grids.items()
+        )
+
     def to_csv(self) -> str:
         """CSV: a header line ``tower,layer,head,statistic,value``; an empty value is NaN.
 

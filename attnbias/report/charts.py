@@ -36,7 +36,7 @@ def number(value: float, unit: str) -> str:
         return f"{value:.1%}"
     if unit == "yes or no":
         return "yes" if value == 1 else "no" if value == 0 else f"{value:.0%} yes"
-    return f"{value:.3g} {unit}"
+    return f"{value:.3g}" if unit == "value" else f"{value:.3g} {unit}"
 
 
 def _says(unit: str) -> str:
@@ -209,9 +209,29 @@ def headline(data: ReportData) -> Map:
 def figure(data: ReportData) -> dict[str, Any]:
     """Specification of the main figure: the leading map with its controls over the ranked words."""
     one = headline(data)
-    row = alt.hconcat(*[heat(one, panel, title) for panel, title in PANELS])
-    row = row.properties(title=alt.Title(f"{one.title}: {data.model}", fontSize=15))
-    both = alt.vconcat(row, ranked(data, 860), spacing=28)
-    both = both.resolve_scale(color="independent", shape="independent")
-    both = both.configure(background="white", padding=16).configure_title(anchor="start")
-    return with_data(both, one, [panel for panel, _ in PANELS])
+    both = alt.vconcat(_row(data, one), ranked(data, 860), spacing=28)
+    return _finished(both.resolve_scale(color="independent", shape="independent"), one)
+
+
+def row(data: ReportData, one: Map) -> dict[str, Any]:
+    """Specification of one map with its controls."""
+    return _finished(_row(data, one), one)
+
+
+def words(data: ReportData) -> dict[str, Any]:
+    """Specification of the words that receive most."""
+    made: dict[str, Any] = ranked(data, 860).configure(background="white", padding=16).to_dict()
+    return made
+
+
+def _row(data: ReportData, one: Map) -> alt.HConcatChart:
+    made = alt.hconcat(*[heat(one, panel, title) for panel, title in PANELS])
+    found: alt.HConcatChart = made.properties(
+        title=alt.Title(f"{one.title}: {data.model}", fontSize=15)
+    )
+    return found
+
+
+def _finished(chart: Any, one: Map) -> dict[str, Any]:
+    shown = chart.configure(background="white", padding=16).configure_title(anchor="start")
+    return with_data(shown, one, [panel for panel, _ in PANELS])

@@ -268,9 +268,7 @@ def _ends(
         values = values[..., column]
     ends = interval.over_queries(values, seed)
     low, high = (
-        tuple(
-            tuple(float(x) for x in row[: len(own)]) for row, own in zip(end, means, strict=True)
-        )
+        tuple(tuple(float(x) for x in row[: len(own)]) for row, own in zip(end, means, strict=True))
         for end in ends
     )
     return low, high

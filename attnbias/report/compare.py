@@ -90,7 +90,7 @@ def _difference(one: Map, twin: Map) -> Difference | None:
 
 
 def _shown(cell: Cell, unit: str) -> str:
-    return (
-        f"{number(cell.values, unit)} (95% interval {number(cell.low, unit)} to "
-        f"{number(cell.high, unit)})"
-    )
+    low, high = (number(end, unit) for end in (cell.low, cell.high))
+    if not unit.startswith("share"):  # the unit stands with the value
+        low, high = low.partition(" ")[0], high.partition(" ")[0]
+    return f"{number(cell.values, unit)} (95% interval {low} to {high})"

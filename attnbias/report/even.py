@@ -75,9 +75,11 @@ def even(call: Call, statistics: Sequence[Statistic], spans: Mapping[str, Any]) 
     head are averaged. Sink logits are left out: all of the attention is spread over the tokens.
     """
     heads = 1 if call.bias is None else call.bias.heads
-    exact = {"dtype": torch.float64, "device": call.query.device}
-    query = torch.zeros(1, heads, call.query.shape[2], WIDTH, **exact)
-    key = torch.zeros(1, heads, call.key.shape[2], WIDTH, **exact)
+    sizes = (call.query.shape[2], call.key.shape[2])
+    query, key = (
+        torch.zeros(1, heads, n, WIDTH, dtype=torch.float64, device=call.query.device)
+        for n in sizes
+    )
     scene = Scene(call.with_vectors(query, key, key), None, None, spans)
     scene.sink = None
     masks = [_mask(t) for t in ([] if scene.own is None else scene.own.terms())]

@@ -70,7 +70,7 @@ KNOWN = {
         "all tokens.",
     ),
     "peak[position]": Kind(
-        "peak[position]", "Place of the largest weight", "token position",
+        "peak[position]", "Place of the largest weight", "tokens from the start",
         "Where in the text the token stands that gets the largest weight, as the mean over all "
         "tokens.",
     ),

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,15 @@ def _render(data: ReportData, other: ReportData | None, detail: Detail) -> bytes
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     heads = _linked(summaries[0])
+    runs = [packed(one, name, detail) for one, name in zip(shown, names, strict=True)]
     payload = {
         "levels": LEVELS,
-        "runs": [packed(one, name, detail) for one, name in zip(shown, names, strict=True)],
+        "runs": runs,
         "first": heads[0] if heads else _first(first),
         "heads": heads,
         "findings": _findings(summaries[0]),
     }
-    run = payload["runs"][0]  # type: ignore[index]
+    run = runs[0]
     html = environment.get_template("page.html.j2").render(
         data=first,
         names=names,
@@ -132,10 +134,10 @@ def _render(data: ReportData, other: ReportData | None, detail: Detail) -> bytes
         legend=_legend(),
         texts=[
             _text(one, r["words"], names[n] if other else "")
-            for n, (one, r) in enumerate(zip(shown, payload["runs"], strict=True))  # type: ignore
+            for n, (one, r) in enumerate(zip(shown, runs, strict=True))
         ],
         table=_words(first)[:TABLE_WORDS],
-        tokens_map=bool(run["maps"] and run["maps"][0]),  # type: ignore[index]
+        tokens_map=bool(run["maps"] and run["maps"][0]),
         profiles=bool(first.profiles),
         most=(max(n for _, n in first.layers), max(len(r) for m in first.maps for r in m.values)),
         comparison=None if other is None else compared(shown[0], shown[1], summaries),
@@ -150,12 +152,36 @@ def _render(data: ReportData, other: ReportData | None, detail: Detail) -> bytes
 
 def png(data: ReportData, scale: float = 2.0) -> bytes:
     """The main figure as PNG: the leading map with its controls over the ranked words."""
+    return _drawn(charts.figure(clean(data)), "png", scale)
+
+
+def svg(data: ReportData) -> bytes:
+    """The main figure as SVG."""
+    return _drawn(charts.figure(clean(data)), "svg")
+
+
+def figures(data: ReportData, scale: float = 2.0) -> dict[str, bytes]:
+    """Every map with its controls, and the ranked words, as PNG and SVG by file name."""
+    shown = clean(data)
+    specs = {"words": charts.words(shown)}
+    for one in shown.maps:
+        tower = f"-{one.tower}" if len(shown.towers) > 1 else ""
+        plain = re.sub(r"[^a-z0-9]+", "-", f"{one.statistic}{tower}".lower()).strip("-")
+        specs[plain] = charts.row(shown, one)
+    return {
+        f"{name}.{kind}": _drawn(spec, kind, scale)
+        for name, spec in specs.items()
+        for kind in ("png", "svg")
+    }
+
+
+def _drawn(spec: dict[str, Any], kind: str, scale: float = 1.0) -> bytes:
     import vl_convert
 
-    spec = charts.figure(clean(data))
-    image: bytes = vl_convert.vegalite_to_png(
-        json.dumps(spec), vl_version=VEGA_LITE, scale=scale, allowed_base_urls=[]
-    )
+    options: dict[str, Any] = {"vl_version": VEGA_LITE, "allowed_base_urls": []}
+    if kind == "svg":
+        return str(vl_convert.vegalite_to_svg(json.dumps(spec), **options)).encode("utf-8")
+    image: bytes = vl_convert.vegalite_to_png(json.dumps(spec), scale=scale, **options)
     return image
 
 

@@ -97,9 +97,7 @@ def _stat(one: Map) -> dict[str, Any]:
     width = max(len(row) for row in one.values)
     none = tuple(tuple(math.nan for _ in row) for row in one.values)
     grids = (one.values, one.shuffled, one.random, one.low or none, one.high or none)
-    flat = (
-        x for grid in grids for row in grid for x in (*row, *([math.nan] * (width - len(row))))
-    )
+    flat = (x for grid in grids for row in grid for x in (*row, *([math.nan] * (width - len(row)))))
     return {
         "key": one.statistic, "title": one.title, "unit": one.unit, "meaning": one.meaning,
         "tower": one.tower, "layers": one.layers, "width": width,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,7 +37,7 @@ def gaps(length: int) -> tuple[tuple[int, int], ...]:
     ends = [0, 1]
     while ends[-1] < length - 1:
         ends.append(min(2 * ends[-1], length - 1))
-    back = [(low + 1, high) for low, high in zip(ends, ends[1:], strict=False)]
+    back = [(low + 1, high) for low, high in itertools.pairwise(ends)]
     ahead = [(-high, -low) for low, high in reversed(back)]
     return (*ahead, (0, 0), *back)
 
@@ -149,11 +150,11 @@ def profiles(
                 if bool(share[row, head].isnan().all()):
                     continue
                 at = (row, head)
+                top = tuple(zip(place[at].tolist(), _row(value[at]), strict=True))
+                rows = [_row(one[at]) for one in near]
+                shown = "" if whole is None else _packed(whole[at])
                 found.append(Profile(
-                    tower, layer, head, _row(parts[at]),
-                    tuple(zip(place[at].tolist(), _row(value[at]), strict=True)),
-                    *(_row(one[at]) for one in near),
-                    map="" if whole is None else _packed(whole[at]),
+                    tower, layer, head, _row(parts[at]), top, rows[0], rows[1], rows[2], shown
                 ))  # fmt: skip
     return tuple(found)
 

@@ -118,7 +118,7 @@ function signed(all) {
 // Three things compared by shape and colour, in the order of `names`.
 function marked(names, more) {
   return {
-    shape: { field: "which", type: "nominal", scale: { domain: names, range: ["circle", "triangle-up", "square", "diamond"].slice(0, names.length) }, legend: Object.assign({ orient: "top", title: null, columns: 2, labelLimit: 240 }, more) },
-    color: { field: "which", type: "nominal", scale: { domain: names, range: [BLUE, ORANGE, GREY, "#cc79a7"].slice(0, names.length) }, legend: Object.assign({ orient: "top", title: null, columns: 2, labelLimit: 240 }, more) },
+    shape: { field: "which", type: "nominal", scale: { domain: names, range: ["circle", "triangle-up", "square", "diamond"].slice(0, names.length) }, legend: Object.assign({ orient: "top", title: null, columns: 2, labelLimit: 240, symbolOpacity: 1 }, more) },
+    color: { field: "which", type: "nominal", scale: { domain: names, range: [BLUE, ORANGE, GREY, "#cc79a7"].slice(0, names.length) }, legend: Object.assign({ orient: "top", title: null, columns: 2, labelLimit: 240, symbolOpacity: 1 }, more) },
   };
 }

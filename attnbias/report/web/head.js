@@ -46,7 +46,7 @@ function drawHead() {
 
 function rank(stat, cell) {
   const all = run.cells(stat), above = all.filter((c) => c.values > cell.values).length;
-  return ordinal(above + 1) + " highest of " + all.length;
+  return ordinal(above + 1) + " of " + all.length;
 }
 
 function fillStatistics(stats) {
@@ -107,8 +107,8 @@ function positionFigure(name) {
   const values = own.map((share, n) => ({ at: run.bins[n], to: run.bins[n] + step, share, says: label(n) + ": " + number(share, "share") }));
   const layer = [
     { data: { values }, mark: { type: "bar", color: BLUE, aria: false },
-      encoding: { x: { field: "at", type: "quantitative", axis: { title: long ? "token position (bins of " + step + ")" : "token position", grid: false, format: "d", tickMinStep: 1 }, scale: { nice: false } }, x2: { field: "to" },
-        y: { field: "share", type: "quantitative", axis: { title: "share of attention received", format: ".3~p", tickCount: 4 } }, tooltip: { field: "says", title: name } } },
+      encoding: { x: { field: "at", type: "quantitative", axis: { title: long ? "token position (bins of " + step + ")" : "token position", grid: false, format: "d", tickMinStep: 1 }, scale: { nice: false } }, x2: { field: "to" }, y2: { datum: 0 },
+        y: { field: "share", type: "quantitative", scale: { type: "sqrt" }, axis: { title: "share received (square-root scale)", format: ".3~p", tickCount: 4 } }, tooltip: { field: "says", title: name } } },
   ];
   if (even) layer.push({ data: { values: even.map((share, n) => ({ at: run.bins[n] + step / 2, share })) }, mark: { type: "line", color: ORANGE, strokeWidth: 2, aria: false, strokeDash: [4, 3] }, encoding: { x: { field: "at", type: "quantitative" }, y: { field: "share", type: "quantitative" } } });
   const theirs = other && other.row("received", head);
@@ -138,15 +138,17 @@ function nearFigure(name) {
       if (run.causal && run.gaps[n][1] < 0) return;
       values.push({ gap: names[n], share, which, says: names[n] + ", " + which.toLowerCase() + ": " + number(share, "share") });
     });
-  const shown = names.filter((_, n) => !(run.causal && run.gaps[n][1] < 0));
+  const shown = names.filter((_, n) => !(run.causal && run.gaps[n][1] < 0)), compared = marked(series.map((s) => s[0]));
   return draw(place, {
     title: name + ": attention by distance", width: "container", height: 200, data: { values },
-    mark: { type: "point", filled: true, size: 55, opacity: 0.9 },
-    encoding: Object.assign({
+    encoding: {
       x: { field: "gap", type: "ordinal", sort: shown, axis: { title: "tokens from the one that looks", labelAngle: -50, grid: true } },
       y: { field: "share", type: "quantitative", axis: { title: "share of attention", format: ".3~p", tickCount: 4 } },
-      tooltip: { field: "says", title: name }, description: { field: "says" },
-    }, marked(series.map((s) => s[0]))),
+    },
+    layer: [
+      { mark: { type: "line", opacity: 0.35, strokeWidth: 1.5, aria: false }, encoding: { color: compared.color } },
+      { mark: { type: "point", filled: true, size: 55, opacity: 0.9 }, encoding: Object.assign({ tooltip: { field: "says", title: name }, description: { field: "says" } }, compared) },
+    ],
   });
 }
 
