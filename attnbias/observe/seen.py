@@ -175,6 +175,9 @@ class Seen:
     def __str__(self) -> str:
         return str(self.table())
 
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
     def _place(self, name: str) -> int:
         labels = [s.label for s in self.statistics]
         if name in labels:
