@@ -124,12 +124,13 @@ def observe(
         fused: False computes everything from tiles (slower; the same numbers to about 1e-5).
         queries: sample so many queries of each row in each call instead of taking all, 2 or more
             (see `attnbias.observe.sampling`): O(queries x keys) in place of O(queries^2). A row
-            with fewer is taken whole, and so is what costs O(N) anyway. Every query is drawn with
-            the same probability; sums over queries are unbiased, means over them too. The table
-            then has an `error`, the standard error of each value that comes from the sampling
-            (about 95% of values lie within twice that of the exact one; 15 degrees of freedom from
-            30 queries on). What is no sum or mean is not unbiased: the largest sum (the table of
-            `Received`) is a little too large, and a threshold (`SinkRate`) may flip.
+            with fewer is taken whole, and so is what costs O(N) anyway (`FirstToken`, `SinkRate`,
+            `Offset`, `At` where the forward gives its log-sum-exp). Every query is drawn with the
+            same probability; sums and means over queries are unbiased. The table then has an
+            `error`, the standard error of each value that comes from the sampling (15 degrees of
+            freedom from 30 queries on). It says too little where a few queries hold most of a mean
+            and the sample is small, and nothing of a threshold (`SinkRate`) that all replicates
+            pass. A statistic that needs all queries is refused.
         seed: of the sampling; the same seed draws the same queries.
 
     Yields:

@@ -13,7 +13,7 @@ a stratum counts, a trend along the text does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +111,13 @@ def hadamard(size: int) -> Tensor:
 
 
 def check_sampled(statistics: list[Statistic]) -> None:
-    """Refuse a statistic whose summary does not know that a query may stand for several."""
+    """Refuse what cannot be told from a sample (see `Statistic.sampled`)."""
     for statistic in statistics:
-        own = type(statistic).summary is not Statistic.summary
-        if statistic.over == "query" and own and not statistic.weighs:
+        own = statistic.over == "query" and type(statistic).summary is not Statistic.summary
+        if not (not own if statistic.sampled is None else statistic.sampled):
             raise Refused(
-                f"{statistic.label} makes its summary from all queries and cannot be sampled; "
-                "leave queries= out for it."
+                f"{statistic.label} needs all queries and cannot be sampled; observe it without "
+                "queries=."
             )
 
 
@@ -361,12 +361,28 @@ def _grouped(draw: Draw, classes: int, together: bool) -> tuple[Tensor, Tensor, 
     return slots, owner, kinds, signs
 
 
-def errors(
-    statistic: Statistic,
-    gathered: Callable[[Tensor], list[Gathered]],
-    value: Tensor,
-    signs: Tensor,
-) -> Tensor:
-    """Standard errors of a statistic's summary over sampled runs: the spread of the replicates."""
-    squares = [(statistic.summary(gathered(one)).double().cpu() - value).square() for one in signs]
-    return torch.stack(squares).nanmean(0).sqrt()
+def estimated(
+    statistic: Statistic, runs: list[Run], place: int, signs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A statistic's summary over sampled runs, and its standard error: (heads[, channels]) each.
+
+    The error is the root mean square of what the replicates differ by. Where the summary is no mean
+    over queries (the largest of the sums over queries, say) it is biased though the sums are not;
+    by how much shows in the mean of the replicates, and is taken off. A mean stays as it is.
+    """
+
+    def summary(one: Tensor | None) -> Tensor:
+        parts = [
+            r.gathered(place, None if one is None else one.to(r.device))
+            if isinstance(r, SampledRun)
+            else r.gathered(place)
+            for r in runs
+        ]
+        return statistic.summary(parts).double().cpu()
+
+    value = summary(None)
+    replicates = torch.stack([summary(one) for one in signs])
+    error = (replicates - value).square().nanmean(0).sqrt()
+    if statistic.over != "query":
+        value = 2 * value - replicates.nanmean(0)
+    return value, error

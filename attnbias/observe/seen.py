@@ -12,8 +12,8 @@ from torch import Tensor
 
 from attnbias.errors import AttnbiasError
 from attnbias.observe.run import Run
-from attnbias.observe.sampling import SampledRun, Sampler, errors
-from attnbias.observe.statistic import Gathered, Statistic
+from attnbias.observe.sampling import SampledRun, Sampler, estimated
+from attnbias.observe.statistic import Statistic
 from attnbias.observe.table import Row, Table
 
 if TYPE_CHECKING:
@@ -101,43 +101,33 @@ class Seen:
     def _rows(self, site: Site, runs: list[Run], place: int, statistic: Statistic) -> list[Row]:
         if not runs:
             return []
-        values = statistic.summary([r.gathered(place) for r in runs]).double().cpu()
+        values, unsure = self._values(runs, place, statistic)
         names = [statistic.label]
         if values.ndim == 2:  # an axis of its own: one line for each entry
             (entries,) = statistic.labels(tuple(self.spans)).values()
             names = [f"{statistic.name}[{entry}]" for entry in entries]
         columns = values.reshape(len(values), -1)
-        unsure = self._errors(runs, place, values)
+        spread = None if unsure is None else unsure.reshape(len(values), -1)
         return [
             Row(
-                site.tower,
-                site.layer,
-                head,
-                name,
-                float(columns[head, at]),
-                None if unsure is None else float(unsure[head, at]),
+                site.tower, site.layer, head, name, float(columns[head, at]),
+                None if spread is None else float(spread[head, at]),
             )
             for at, name in enumerate(names)
             for head in range(len(columns))
-        ]
+        ]  # fmt: skip
 
-    def _errors(self, runs: list[Run], place: int, values: Tensor) -> Tensor | None:
-        """(heads, entries): standard errors of the sampling; None where nothing is sampled."""
+    def _values(
+        self, runs: list[Run], place: int, statistic: Statistic
+    ) -> tuple[Tensor, Tensor | None]:
+        """(heads[, entries]): the summaries, and standard errors where queries are sampled."""
+        drawn = any(isinstance(r, SampledRun) and r.drawn[place] for r in runs)
+        if self.sampler is not None and drawn:
+            return estimated(statistic, runs, place, self.sampler.signs)
+        values = statistic.summary([r.gathered(place) for r in runs]).double().cpu()
         if self.sampler is None:
-            return None
-        if not any(isinstance(r, SampledRun) and r.drawn[place] for r in runs):
-            return torch.where(values.isnan(), torch.nan, 0.0).reshape(len(values), -1)
-
-        def gathered(signs: Tensor) -> list[Gathered]:
-            return [
-                r.gathered(place, signs.to(r.device))
-                if isinstance(r, SampledRun)
-                else r.gathered(place)
-                for r in runs
-            ]
-
-        found = errors(self.statistics[place], gathered, values, self.sampler.signs)
-        return found.reshape(len(values), -1)
+            return values, None
+        return values, torch.where(values.isnan(), torch.nan, 0.0)
 
     def tensor(self, name: str, tower: str | None = None) -> Labelled:
         """The values of a statistic with the axes ("run", "layer", "batch", "head", ...).

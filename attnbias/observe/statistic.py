@@ -61,9 +61,9 @@ class Statistic(ABC):
     # What `fused` reads that one compiled sweep over the map finds as well, for any bias: of
     # "columns", "inner", "gap", "peak" and "features" (those asked for in `plan`).
     swept: ClassVar[tuple[str, ...]] = ()
-    # Whether a `summary` of its own over queries heeds `Gathered.weights` (see `Gathered.total`);
-    # without, `observe(..., queries=)` refuses the statistic.
-    weighs: ClassVar[bool] = False
+    # Whether a sample of the queries will do. None: yes, unless there is a `summary` of its own
+    # over queries; True: that summary heeds `Gathered.weights`; False: never (few queries count).
+    sampled: ClassVar[bool | None] = None
 
     @property
     def label(self) -> str:

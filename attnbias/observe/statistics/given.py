@@ -38,6 +38,7 @@ class Given(Statistic):
 
     name: ClassVar[str] = "given"
     over: ClassVar[str] = "key"
+    sampled: ClassVar[bool | None] = False  # a sample may hold no query of a short span
     span: str = "span"
 
     def __post_init__(self) -> None:

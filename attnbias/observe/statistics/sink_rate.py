@@ -36,7 +36,7 @@ class SinkRate(Statistic):
     """
 
     name: ClassVar[str] = "sink_rate"
-    weighs: ClassVar[bool] = True
+    sampled: ClassVar[bool | None] = True
     threshold: float = 0.3
     token: int = 0
 
