@@ -210,4 +210,6 @@ def every() -> list[Statistic]:
         s.At("near", count=2),
         s.Peak(),
         s.Given("middle"),
+        s.WindowedDistance(),
+        s.FutureInfluence(),
     ]
