@@ -1,4 +1,4 @@
-"""Context maintenance and retrieval: how a drifting context recalls a list, and its fit to heads."""
+"""CMR, a model of free recall in which context drifts along a list, and its fit to heads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CMR:
             published 20. recalls: of each; published 1,000. longest: items recalled at most; 100.
         seed: of the simulation.
 
-    Cost: about 25 ms a point of the grid with the defaults here (660 points); the published grid
+    Cost: about 20 ms a point of the grid with the defaults here (660 points); the published grid
     and recalls take days.
 
     Source: Linking In-context Learning in Transformers to Human Episodic Memory, 2024 (arXiv
@@ -47,7 +47,7 @@ class CMR:
     gammas: int = 5
     items: int = 100
     starts: int = 10
-    recalls: int = 40
+    recalls: int = 20
     longest: int = 100
     seed: int = 0
 
@@ -114,7 +114,7 @@ class CMR:
             \hat c = \frac{\max \hat a}{\max (c - \min c)} (c - \min c)
 
         Args:
-            profile: ``(..., lags)`` attention by lag from -5 to 5 (as many on each side, 8 at most).
+            profile: ``(..., lags)`` attention by lag from -5 to 5 (or others, 8 a side at most).
 
         Returns:
             ``(...)`` and ``(..., 3)``: the distance and (beta_enc, beta_rec, gamma); NaN for a

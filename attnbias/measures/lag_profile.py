@@ -26,7 +26,7 @@ class LagProfile(HeadMeasure):
 
     over the tokens i of the list for which i + l is in it too: lag 0 is the earlier copy of the
     token itself, lag 1 the token that came after it. The score is the attention at lag 1 (the
-    induction-matching score), or how much the profile is like that of the CMR model of human recall.
+    induction-matching score), or how like the profile is to that of the CMR model of recall.
 
     Args:
         score: "matching", or "cmr": the negative of the CMR distance (`CMR.distance`) of the mean
