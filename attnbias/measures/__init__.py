@@ -17,14 +17,19 @@ from attnbias.measures.head_pruning import HeadPruning, Pruned, remove_heads
 from attnbias.measures.in_context import InContext, InContextAblation, InContextScore
 from attnbias.measures.induction_heads import InductionHeads
 from attnbias.measures.lag_profile import LagProfile
+from attnbias.measures.locality import Locality
 from attnbias.measures.massive_activations import MassiveActivations
+from attnbias.measures.offset_heads import OffsetHeads
 from attnbias.measures.position_curve import PositionCurve, position_curve
 from attnbias.measures.position_saliency import PositionSaliency
 from attnbias.measures.position_sensitivity import PositionSensitivity, Retrieval
 from attnbias.measures.positional_heads import PositionalHeads
+from attnbias.measures.preplan_anchor import PreplanAnchor, Rhythm
+from attnbias.measures.pruning_importance import PruningImportance
 from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
 from attnbias.measures.sink_metric import SinkMetric
+from attnbias.measures.visual_heads import VisualHeads, stage_others, stage_top
 
 __all__ = [
     "CMR",
@@ -42,19 +47,27 @@ __all__ = [
     "InductionHeads",
     "Influence",
     "LagProfile",
+    "Locality",
     "MassiveActivations",
     "Measure",
+    "OffsetHeads",
     "PositionCurve",
     "PositionSaliency",
     "PositionSensitivity",
     "PositionalHeads",
+    "PreplanAnchor",
     "Pruned",
+    "PruningImportance",
     "Retrieval",
     "RetrievalHeads",
+    "Rhythm",
     "Scores",
     "SinkMetric",
+    "VisualHeads",
     "haystacks",
     "moments_of",
     "position_curve",
     "remove_heads",
+    "stage_others",
+    "stage_top",
 ]

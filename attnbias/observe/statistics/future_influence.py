@@ -41,6 +41,7 @@ class FutureInfluence(Statistic):
 
     name: ClassVar[str] = "future_influence"
     over: ClassVar[str] = "key"
+    sampled: ClassVar[bool | None] = False  # a sample may hold no query of a short range
     low: int = 10
     high: int | None = 50
 
