@@ -84,7 +84,7 @@ class Aligned(Statistic):
     def finish(self, gathered: Gathered) -> Tensor:
         whole = gathered.sums.sum(-1, keepdim=True)
         found = torch.where(whole > 0, gathered.sums / whole, torch.nan)
-        return found.unflatten(-1, self._shape)
+        return found.reshape(*found.shape[:-1], *self._shape)
 
     def axes(self) -> tuple[str, ...]:
         return ("down", "across")
