@@ -51,12 +51,13 @@ class PositionCurve:
 
     @property
     def word(self) -> str:
-        """What the curve says: primacy, recency or uneven beyond chance, else none found."""
-        if not self.psi.value > self.chance.high:
-            return "none found"
+        """What the curve says: primacy or recency where the slope's interval leaves out 0, uneven
+        where PSI is beyond chance all the same, else none found."""
         if self.slope.high < 0:
             return "primacy"
-        return "recency" if self.slope.low > 0 else "uneven"
+        if self.slope.low > 0:
+            return "recency"
+        return "uneven" if self.psi.value > self.chance.high else "none found"
 
     def __str__(self) -> str:
         lines = [

@@ -210,7 +210,7 @@ def test_intervals_hold_as_often_as_they_say() -> None:
         none += flat.word == "none found"
         chance.append(flat.chance.value - flat.psi.value)
     assert 47 <= held <= 60
-    assert none >= 54
+    assert none >= 50  # 5% by the slope, 2.5% by PSI
     assert abs(sum(chance) / len(chance)) < 0.01  # an even curve's PSI is what chance gives
 
 
