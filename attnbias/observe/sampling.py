@@ -125,10 +125,16 @@ class Rows(Bias):
     """Chosen rows of a bias: element b shows rows ``slots[b]`` of the batch row ``owner[b]``."""
 
     def __init__(
-        self, bias: Bias, slots: Tensor, owner: Tensor, kept: dict[str, Any] | None = None
+        self,
+        bias: Bias,
+        slots: Tensor,
+        owner: Tensor,
+        cols: slice | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> None:
         self.bias, self.slots, self.owner = bias, slots, owner
-        self.queries, self.keys = slots.shape[1], bias.keys
+        self.cols = slice(0, bias.keys) if cols is None else cols  # of the whole bias
+        self.queries, self.keys = slots.shape[1], self.cols.stop - self.cols.start
         self.is_mask, self.may_mask = bias.is_mask, bias.may_mask
         self._kept = {} if kept is None else kept
 
@@ -141,42 +147,49 @@ class Rows(Bias):
         return self.bias.heads
 
     def block(self, rows: slice, cols: slice) -> Tensor:
-        where = (self.owner.tolist(), self.slots[:, rows].tolist(), cols.start, cols.stop)
+        keys = slice(self.cols.start + cols.start, self.cols.start + cols.stop)
+        where = (self.owner.tolist(), self.slots[:, rows].tolist(), keys.start, keys.stop)
         shared = self.bias.heads == 1  # then the heads ask for the same block one after the other
         if shared and self._kept.get("where") == where:
             return self._kept["block"]  # type: ignore[no-any-return]
         parts = []
         for owner, slots in zip(where[0], where[1], strict=True):
             part = self.bias[one(self.bias.batch, owner), :, :, :]
-            lines = [part.block(slice(*run), cols) for run in _runs(slots)]
-            parts.append(torch.cat([x.expand(1, self.heads, *x.shape[2:]) for x in lines], 2))
+            lines = [_lines(part, slice(*run), keys) for run in _runs(slots)]
+            parts.append(torch.cat(lines, 2))
         block = torch.cat(parts)
         if shared:
             self._kept.update(where=where, block=block)
         return block
 
     def dense(self) -> Tensor:
-        assert self.queries is not None
-        assert self.keys is not None
-        return self.block(slice(0, self.queries), slice(0, self.keys))
+        return self.block(slice(0, self.slots.shape[1]), slice(0, self.cols.stop - self.cols.start))
 
     def span(self, rows: slice) -> tuple[int, int]:
         at = self.slots[:, rows]
         at = at[at >= 0]
         if at.numel() == 0:
             return (0, 0)
-        return self.bias.span(slice(int(at.min()), int(at.max()) + 1))
+        found = self.bias.span(slice(int(at.min()), int(at.max()) + 1))
+        low, high = (min(max(end, self.cols.start), self.cols.stop) for end in found)
+        return (low - self.cols.start, high - self.cols.start)
 
     def _select(self, batch: slice, heads: slice, rows: slice, cols: slice) -> Bias:
-        inner = self.bias[..., heads, :, :] if self.bias.heads > 1 else self.bias
-        inner = inner[..., :, cols] if (cols.start, cols.stop) != (0, self.keys) else inner
-        return Rows(inner, self.slots[batch][:, rows], self.owner[batch], self._kept)
+        inner = self.bias[:, heads, :, :] if self.bias.heads > 1 else self.bias
+        keys = slice(self.cols.start + cols.start, self.cols.start + cols.stop)
+        return Rows(inner, self.slots[batch][:, rows], self.owner[batch], keys, self._kept)
 
     def transpose(self) -> Bias:
         raise Refused("chosen rows of a bias have no transpose.")
 
     def _scaled(self, factor: float | Tensor) -> Bias:
-        return Rows(self.bias._scaled(factor), self.slots, self.owner)
+        return Rows(self.bias._scaled(factor), self.slots, self.owner, self.cols)
+
+
+def _lines(bias: Bias, rows: slice, cols: slice) -> Tensor:
+    """(1, heads, rows, cols) of a bias, also of one that is the same for all queries."""
+    found = bias.block(rows, cols)
+    return found.expand(1, bias.heads, rows.stop - rows.start, cols.stop - cols.start)
 
 
 def _runs(slots: list[int]) -> Iterator[tuple[int, int]]:
@@ -325,14 +338,26 @@ class SampledRun(Run):
             queries = queries + self._shaken @ signs
         if self.statistics[place].over == "query":
             stands = laid_out(self._weights[place])[:, 0].nan_to_num(0.0)
+            # The last queries may not be drawn; they are positions all the same.
+            short = int(self._last.amax()) + 1 - sums.shape[2]
+            sums = _longer(sums, short, torch.nan)
+            stands = torch.nn.functional.pad(stands, (0, 0, 0, short))
             weights, sign, kind = stands.unbind(-1)
             if signs is not None:
                 weights = weights * (1 + sign * signs[kind.long()])
         elif signs is not None:
             spread = self._spread[place]
             assert spread is not None
-            sums = sums + spread.double() @ signs
+            more = (spread.double() @ signs).nan_to_num(0.0)
+            if self.statistics[place].over == "key":  # calls taken whole may have added keys since
+                more = _longer(more, sums.shape[2] - more.shape[2], 0.0)
+            sums = sums + more
         return Gathered(sums, queries, weights)
+
+
+def _longer(given: Tensor, by: int, value: float) -> Tensor:
+    """(batch, heads, positions, ...) with more positions."""
+    return torch.nn.functional.pad(given, (*(0, 0) * (given.ndim - 3), 0, by), value=value)
 
 
 def _light(statistic: Statistic, scene: Scene) -> bool:
