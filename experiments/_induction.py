@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,13 +71,20 @@ def repeated(rows: int, generator: torch.Generator) -> Tensor:
     return torch.cat([lists.new_zeros(rows, 1), lists.gather(1, at)], 1)
 
 
-def train(model: Any, seed: int, steps: int = 400, rate: float = 5e-3) -> Any:
-    """AdamW on fresh texts; the loss of every next token."""
+def train(
+    model: Any,
+    seed: int,
+    steps: int = 300,
+    rate: float = 5e-3,
+    look: Callable[[int], None] = lambda step: None,
+) -> Any:
+    """AdamW on fresh texts, the loss of every next token; `look` is called before each step."""
     generator = torch.Generator().manual_seed(1000 + seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     plan = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    model.train()
-    for _ in range(steps):
+    for step in range(steps):
+        look(step)
+        model.train()
         ids = repeated(32, generator)
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad(set_to_none=True)
