@@ -28,14 +28,15 @@ from attnbias.measures.preplan_anchor import PreplanAnchor, Rhythm
 from attnbias.measures.pruning_importance import PruningImportance
 from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
+from attnbias.measures.secondary_sinks import SecondarySinks
 from attnbias.measures.sink_metric import SinkMetric
 from attnbias.measures.visual_heads import VisualHeads, stage_others, stage_top
 
 __all__ = [
-    "CMR",
     "AdaptiveHeads",
     "AdaptiveScores",
     "AttentionInfluence",
+    "CMR",
     "EpisodicMemory",
     "HeadAblation",
     "HeadImportance",
@@ -62,6 +63,7 @@ __all__ = [
     "RetrievalHeads",
     "Rhythm",
     "Scores",
+    "SecondarySinks",
     "SinkMetric",
     "VisualHeads",
     "haystacks",

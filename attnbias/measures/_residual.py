@@ -60,6 +60,12 @@ def residual(
     """Run the plain model once, in eval mode, and lay its hidden states out by position."""
     tower = main_tower(model, tower)
     found = collect(model, inputs, at=at, tower=tower)
+    layers = tuple(state.site.layer for state in found if state.at == at[0])
+    if len(set(layers)) < len(layers):
+        raise Refused(
+            f"the tower {tower!r} was run several times in one forward; give forwards that run it "
+            "once (one image, one window)."
+        )
     positions = found[0].positions.expand(len(found[0].hidden), -1)
     size = int(positions.amax()) + 1 if positions.numel() else 0
     real = torch.zeros(len(positions), size, dtype=torch.bool, device=positions.device)
@@ -74,5 +80,4 @@ def residual(
         for number, state in enumerate(here):
             laid[number, row, positions[row, slot]] = state.hidden[row, slot].double()
         states[place] = laid
-    layers = tuple(state.site.layer for state in found if state.at == at[0])
     return Residual(tower, layers, states, real)

@@ -23,9 +23,20 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     return lists[text[0] if text else next(iter(lists))]
 
 
+def mlp(block: nn.Module) -> nn.Module:
+    """The module of a block whose output is what its MLP adds."""
+    names = {name for name, _ in block.named_modules()}
+    return block.get_submodule("mlp" if "mlp" in names else "output.dense")
+
+
 @torch.no_grad()
-def states(subject: Subject, inputs: Mapping[str, Any] | None = None) -> Tensor:
-    """(layers, batch, tokens, size) float64: the output of every block of an eager float64 twin."""
+def states(
+    subject: Subject, inputs: Mapping[str, Any] | None = None, *, of_mlp: bool = False
+) -> Tensor:
+    """(layers, batch, tokens, size) float64: the output of every block of an eager float64 twin.
+
+    of_mlp: what its MLP adds, instead.
+    """
     twin = copy.deepcopy(subject.model).double()
     twin.set_attn_implementation("eager")  # type: ignore[operator]
     found: list[Tensor] = []
@@ -34,7 +45,7 @@ def states(subject: Subject, inputs: Mapping[str, Any] | None = None) -> Tensor:
         found.append(out[0] if isinstance(out, tuple) else out)
 
     for block in blocks(twin):
-        block.register_forward_hook(keep)
+        (mlp(block) if of_mlp else block).register_forward_hook(keep)
     given = dict(inputs or subject.inputs)
     for name, value in given.items():
         given[name] = value.double() if value.is_floating_point() else value
