@@ -22,10 +22,10 @@ ELSEWHERE = 8  # of 16 integers: the control scales as many entries, half a list
 TRAININGS = {
     "1": (1.0, 0, 400),
     "10": (10.0, 0, 400),
-    "10_elsewhere": (10.0, ELSEWHERE, 300),
+    "10_elsewhere": (10.0, ELSEWHERE, 200),
     "2.5": (2.5, 0, 400),
     "0.5": (0.5, 0, 2000),
-    "0.2": (0.2, 0, 2000),
+    "0.2": (0.2, 0, 400),
 }
 
 

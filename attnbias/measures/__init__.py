@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from attnbias.measures.adaptive_heads import AdaptiveHeads, AdaptiveScores, moments_of
 from attnbias.measures.attention_influence import AttentionInfluence, Influence
+from attnbias.measures.attention_probe import AttentionProbe
+from attnbias.measures.attention_progress import AttentionProgress
 from attnbias.measures.base import HeadMeasure, Measure
 from attnbias.measures.cmr import CMR
 from attnbias.measures.episodic_memory import EpisodicMemory
+from attnbias.measures.head_distances import HeadDistances
 from attnbias.measures.head_importance import HeadAblation, HeadImportance
 from attnbias.measures.head_pruning import HeadPruning, Pruned, remove_heads
+from attnbias.measures.head_relations import HeadRelations
 from attnbias.measures.in_context import InContext, InContextAblation, InContextScore
 from attnbias.measures.induction_heads import InductionHeads
 from attnbias.measures.lag_profile import LagProfile
 from attnbias.measures.locality import Locality
 from attnbias.measures.massive_activations import MassiveActivations
+from attnbias.measures.mixing import Mixing
 from attnbias.measures.offset_heads import OffsetHeads
 from attnbias.measures.position_curve import PositionCurve, position_curve
 from attnbias.measures.position_saliency import PositionSaliency
@@ -31,17 +36,22 @@ from attnbias.measures.scores import Scores
 from attnbias.measures.secondary_sinks import SecondarySinks
 from attnbias.measures.sink_metric import SinkMetric
 from attnbias.measures.visual_heads import VisualHeads, stage_others, stage_top
+from attnbias.measures.word_maps import WordMaps
 
 __all__ = [
     "AdaptiveHeads",
     "AdaptiveScores",
     "AttentionInfluence",
+    "AttentionProbe",
+    "AttentionProgress",
     "CMR",
     "EpisodicMemory",
     "HeadAblation",
+    "HeadDistances",
     "HeadImportance",
     "HeadMeasure",
     "HeadPruning",
+    "HeadRelations",
     "InContext",
     "InContextAblation",
     "InContextScore",
@@ -51,6 +61,7 @@ __all__ = [
     "Locality",
     "MassiveActivations",
     "Measure",
+    "Mixing",
     "OffsetHeads",
     "PositionCurve",
     "PositionSaliency",
@@ -66,6 +77,7 @@ __all__ = [
     "SecondarySinks",
     "SinkMetric",
     "VisualHeads",
+    "WordMaps",
     "haystacks",
     "moments_of",
     "position_curve",
