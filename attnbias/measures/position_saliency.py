@@ -38,8 +38,8 @@ class Saliency:
     @property
     def error(self) -> Tensor:
         """``(points,)``: standard error of the mean."""
-        spread: Tensor = self.samples.std(0)
-        return spread / len(self.samples) ** 0.5
+        found: Tensor = self.samples.std(0) / len(self.samples) ** 0.5
+        return found
 
 
 @dataclass(frozen=True)
