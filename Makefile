@@ -5,13 +5,14 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.attnbias-stamp
 DOCS   := $(VENV)/.attnbias-docs-stamp
 OLDEST := .venv-oldest
+PEERS  := .venv-peers
 FLOOR  := $(shell sed -n 's/^hf = \["transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all smoke-oldest mutants bench lint docs clean
+.PHONY: setup demo test test-all smoke-oldest mutants bench bench-peers lint docs clean
 
 setup: $(STAMP)
 
@@ -55,6 +56,24 @@ mutants: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks
+
+# The tools that others see attention with, beside ours, in environments of their own: inseq's
+# requirements exclude TransformerLens's.
+$(PEERS)/.stamp: Makefile pyproject.toml constraints.txt benchmarks/peers.txt
+	for name in lenses inseq; do \
+		$(PYTHON) -m venv $(PEERS)/$$name && \
+		$(PEERS)/$$name/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" && \
+		grep -E "^#|$$(test $$name = inseq && echo '^inseq' || echo '^(bertviz|transformer-lens)')" \
+			benchmarks/peers.txt > $(PEERS)/$$name/peers.txt && \
+		$(PEERS)/$$name/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" \
+			"$$(grep '^transformers==' constraints.txt)" "$$(grep '^numba==' constraints.txt)" \
+			-r $(PEERS)/$$name/peers.txt || exit 1; \
+	done
+	$(PEERS)/lenses/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+bench-peers: $(STAMP) $(PEERS)/.stamp
+	$(PY) -m benchmarks.observe_peers --environments $(PEERS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
