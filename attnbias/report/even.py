@@ -74,6 +74,7 @@ def even(call: Call, statistics: Sequence[Statistic], spans: Mapping[str, Any]) 
     All scores are zero and only the masks stay, so one head says it for all; masks that differ by
     head are averaged. Sink logits are left out: all of the attention is spread over the tokens.
     """
+    float(call.scale)  # verified now, on the call as it is, and not on the changed one below
     heads = 1 if call.bias is None else call.bias.heads
     sizes = (call.query.shape[2], call.key.shape[2])
     query, key = (

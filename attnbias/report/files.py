@@ -68,12 +68,17 @@ def _umask() -> int:
     return mask
 
 
+CSV_COLUMNS = (
+    "statistic", "unit", "tower", "layer", "head", "value", "shuffled", "random", "even", "low",
+    "high",
+)  # fmt: skip
+
+
 def to_csv(data: ReportData) -> bytes:
-    """A row for each statistic, tower, layer, head: value, the two controls, the even value."""
+    """A row for each statistic, tower, layer, head: value, interval, two controls, even value."""
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
-    head = ("statistic", "unit", "tower", "layer", "head", "value", "shuffled", "random", "even")
-    writer.writerow(head)
+    writer.writerow(CSV_COLUMNS)
     for one in data.maps:
         for layer, number, *rest in one.cells():
             values = ["" if math.isnan(x) else repr(x) for x in rest]
@@ -82,5 +87,14 @@ def to_csv(data: ReportData) -> bytes:
 
 
 def to_json(data: ReportData) -> bytes:
-    """The whole of `data`, with null for what was not measured."""
-    return (json.dumps(data.as_dict(), indent=1, allow_nan=False) + "\n").encode()
+    """The whole of `data` in the schema of `ReportData.from_dict`, null where nothing was measured;
+    one line for each map, word and profile."""
+    whole = data.as_dict()
+    parts = []
+    for name, value in whole.items():
+        text = json.dumps(value, allow_nan=False)
+        if name in ("maps", "words", "profiles"):
+            lines = ",\n  ".join(json.dumps(one, allow_nan=False) for one in value)
+            text = f"[\n  {lines}\n ]"
+        parts.append(f" {json.dumps(name)}: {text}")
+    return ("{\n" + ",\n".join(parts) + "\n}\n").encode()

@@ -35,10 +35,12 @@ def refused(capsys, *arguments: object) -> str:
 
 def test_writes_everything_that_is_asked_for(minilm, text, tmp_path, capsys):
     out = {kind: tmp_path / f"out.{kind}" for kind in ("html", "png", "csv", "json")}
+    figures = tmp_path / "figures"
+    figures.mkdir()
     code = main([
         "observe", str(minilm), "--text", str(text), "--report", str(out["html"]),
         "--png", str(out["png"]), "--csv", str(out["csv"]), "--json", str(out["json"]),
-        "--layers", "0,2-4",
+        "--layers", "0,2-4", "--svg", str(tmp_path / "out.svg"), "--figures", str(figures),
     ])  # fmt: skip
     told = capsys.readouterr().out
     assert code == 0
@@ -50,8 +52,64 @@ def test_writes_everything_that_is_asked_for(minilm, text, tmp_path, capsys):
     assert "--layers 0,2-4" in page
     assert out["png"].read_bytes().startswith(b"\x89PNG")
     assert out["csv"].read_text("utf-8").count("\n") == 1 + 4 * 12 * len(data["maps"])
+    names = {path.name for path in figures.iterdir()}
+    assert {"words.png", "words.svg", "previous-token.png", "entropy.svg"} <= names
+    assert len(names) == 2 * (len(data["maps"]) + 1)
+    assert b"<svg" in (tmp_path / "out.svg").read_bytes()
     assert "Attention is not importance" in " ".join(told.split())
     assert str(tmp_path) not in page  # no path of the machine leaves it
+
+
+def test_two_texts_two_reports_and_a_recipe_compared(minilm, text, tmp_path, capsys):
+    """One page for two texts; the same from two saved reports; a recipe beside no recipe."""
+    from attnbias.steer import Recipe, rules
+
+    other = tmp_path / "other.txt"
+    other.write_text(
+        "A dog ran over the hill, and a cat slept in the warm sun all day long.", "utf-8"
+    )
+    first, second, page = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "page.html"
+    base = ["observe", str(minilm), "--layers", "0,1"]
+    assert main([*base, "--text", str(text), "--json", str(first), "--compare", str(other),
+                 "--report", str(page)]) == 0  # fmt: skip
+    told = capsys.readouterr().out
+    assert "Beside the second run: In " in " ".join(told.split())
+    assert "B: <bdi>A dog ran over the hill" in page.read_text("utf-8")
+    assert main([*base, "--text", str(other), "--json", str(second)]) == 0
+    again = tmp_path / "again.html"
+    assert main(["observe", str(first), "--compare", str(second), "--report", str(again)]) == 0
+    cards = [
+        one.read_text("utf-8").partition('id="compare"')[2].partition("</section>")[0]
+        for one in (page, again)
+    ]
+    assert cards[0] == cards[1] != ""
+
+    recipe = tmp_path / "recipe.json"
+    blocked = rules.BlockHeads(heads=((0, 3),), mode="uniform")
+    Recipe((blocked,), str(minilm)).save(recipe)
+    assert main([*base, "--text", str(text), "--compare", str(recipe), "--report", str(page)]) == 0
+    shown = page.read_text("utf-8").partition('id="compare"')[2].partition("</section>")[0]
+    assert "recipe.json: BlockHeads" in shown
+    assert "layer 0, head 3" in shown
+
+
+def test_comparisons_that_cannot_be(minilm, text, tmp_path, capsys):
+    page = ("--report", tmp_path / "p.html")
+    saved = tmp_path / "a.json"
+    assert main(["observe", str(minilm), "--text", str(text), "--json", str(saved),
+                 "--layers", "0"]) == 0  # fmt: skip
+    capsys.readouterr()
+    given = (minilm, "--text", text)
+    assert "--report" in refused(capsys, *given, "--compare", text)
+    assert "another saved report" in refused(capsys, saved, "--compare", text, *page)
+    assert "leave --text out" in refused(capsys, saved, "--text", text)
+    broken = tmp_path / "b.json"
+    broken.write_text("{not json")
+    assert "not a JSON file" in refused(capsys, *given, "--compare", broken, *page)
+    broken.write_text('{"schema": "attnbias.report/1"}')
+    assert "attnbias.report/2" in refused(capsys, *given, "--compare", broken, *page)
+    assert "not a folder" in refused(capsys, *given, "--figures", tmp_path / "none")
+    assert "--text" in refused(capsys, minilm)
 
 
 def test_summary_alone_on_a_decoder(stories, text, capsys):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import array
+import base64
 import html.parser
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
+from attnbias import AttnbiasError
 from attnbias.report import ReportData
 from attnbias.report.clean import visible
 from attnbias.report.page import clean, in_script, png, render
 from tests.report.hostile import ATTACKS, INVISIBLE, MARK, hostile_data
-from tests.report.made import sink_data
+from tests.report.made import sink_data, wide_data
 
 LOADING = {"src", "href", "srcset", "data", "action", "poster", "background", "formaction"}
 VOID = {"meta", "br", "input", "link", "img"}
@@ -76,7 +80,11 @@ def test_is_one_small_file_with_everything_in_it(page):
     for needed in ("In 3 of 72 heads", "Attention is not importance", "Even share", "SHA-256",
                    "attnbias observe a-model", "layer 1, head 3, 66%"):  # fmt: skip
         assert needed in shown
-    assert len(re.findall(r'data-chart="', page)) == 3 * len(sink_data().maps) + 1
+    charts = re.findall(r'data-chart="(\w+)"', page)
+    assert charts == ["ranked", "map0", "map1", "map2", "beside"]
+    assert re.findall(r"<option value=.*?>(.*?)</option>", page)[-3:] == [
+        "Attention to the first token", "Entropy", "Mean distance",
+    ]  # fmt: skip
 
 
 def test_says_when_nothing_was_found():
@@ -114,7 +122,7 @@ def test_chart_data_cannot_end_its_script(attacked):
     block = Reader(attacked).scripts[0]
     assert not re.search(r"[<>&\u2028\u2029]", block)
     data = json.loads(block)
-    assert data["words"][0]["text"] == ATTACKS[0]
+    assert data["runs"][0]["words"]["text"][0] == ATTACKS[0]
     assert json.loads(in_script({"a": "</script>&\u2028"})) == {"a": "</script>&\u2028"}
 
 
@@ -160,3 +168,66 @@ def test_png_is_a_picture_with_something_on_it():
         assert image.width > 600
         assert image.height > 400
         assert len(set(image.resize((200, 120)).tobytes())) > 20
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "tokens"), [(12, 12, 512), (12, 12, 128), (12, 12, 32_768)]
+)
+def test_a_page_has_at_most_ten_megabytes(layers, heads, tokens):
+    data = wide_data(layers, heads, tokens)
+    found = render(data)
+    assert len(found) <= 10_000_000
+    packed = json.loads(Reader(found.decode()).scripts[0])["runs"][0]
+    assert len(packed["stats"]) == len(data.maps)
+    assert len(base64.b64decode(packed["profiles"]["top_place"])) == layers * heads * 64 * 4
+    assert len(packed["words"]["text"]) == tokens  # nothing of the text is left out
+    assert bool(packed["maps"] and packed["maps"][0]) == (tokens <= 128)
+
+
+def test_what_does_not_fit_is_left_out_finest_first(monkeypatch):
+    """At a thousand heads and a book of words, with the limit lowered."""
+    from attnbias.report import page
+
+    data = wide_data(16, 16, 120)
+    whole = render(data)
+    monkeypatch.setattr(page, "LARGEST", len(whole) - 1)
+    small = page.render(data)
+    assert len(small) < len(whole)
+    packed = json.loads(Reader(small.decode()).scripts[0])["runs"][0]
+    assert packed["maps"] == []
+    assert len(packed["words"]["text"]) == 120
+    monkeypatch.setattr(page, "LARGEST", 1000)
+    with pytest.raises(AttnbiasError, match="layers"):
+        page.render(data)
+
+
+def test_packed_numbers_are_those_of_the_report():
+    data = wide_data(2, 3, 20)
+    packed = json.loads(Reader(render(data).decode()).scripts[0])["runs"][0]
+    values = array.array("f", base64.b64decode(packed["stats"][0]["pack"]))
+    one = data.maps[0]
+    grids = (one.values, one.shuffled, one.random, one.low, one.high)
+    wanted = [x for grid in grids for row in grid for x in row]
+    assert values.tolist() == pytest.approx(wanted, rel=1e-6)
+    near = array.array("H", base64.b64decode(packed["profiles"]["near"]))
+    wanted = [x for profile in data.profiles for x in profile.near]
+    assert [(x / 65535) ** 2 for x in near] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_figures_as_files():
+    from attnbias.report.page import figures, svg
+
+    data = replace(sink_data(), maps=sink_data().maps[:1])
+    found = figures(data, scale=1)
+    assert sorted(found) == [
+        "first-token.png", "first-token.svg", "words.png", "words.svg",
+    ]  # fmt: skip
+    assert all(one.startswith(b"\x89PNG") for name, one in found.items() if name.endswith("png"))
+    assert b"<svg" in svg(hostile_data())
+    assert b"<script" not in svg(hostile_data())
+
+
+def test_the_citation_names_model_revision_text_and_version(page):
+    assert f"(SHA-256 {sink_data().text_hash[:16]}…), measured with attnbias 0.1.0." in page
+    count = len(sink_data().tokens)
+    assert f"Attention of a-model ({'0' * 40}) on a text of {count} tokens" in page

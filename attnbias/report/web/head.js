@@ -64,7 +64,9 @@ function fillStatistics(stats) {
 }
 
 function fillTop() {
-  const list = byId("head-top"), value = run.row("top_share", head), place = run.row("top_place", head);
+  const list = byId("head-top");
+  if (!list) return;
+  const value = run.row("top_share", head), place = run.row("top_place", head);
   list.replaceChildren();
   if (!value) return;
   value.forEach((share, n) => {
