@@ -75,28 +75,30 @@ def classifier(seed: int, layers: int = 3, patch: int = 2, steps: int = 300) -> 
 
 
 @torch.enable_grad()
-def inpainter(seed: int, images: Tensor, layers: int = 1, patch: int = 1, steps: int = 400) -> Any:
-    """A model that fills in hidden patches: a quarter of them, drawn anew at every step.
+def taught(seed: int, offset: tuple[int, int], steps: int = 300) -> Any:
+    """A model of one layer that must say what the patch at an offset from each patch shows.
 
-    Its weights are born larger than usual (deviation 0.3), which spares it the long plateau on
-    which a small model learns to tell positions apart.
+    Offset (0, 0) is the patch itself; where there is no such patch nothing is asked. Weights are
+    born larger than usual (deviation 0.3), which shortens the time until positions are told apart.
     """
     from transformers import ViTModel
 
+    train, _ = digits(seed)
     torch.manual_seed(seed)
-    model = ViTModel(
-        config(layers, patch, initializer_range=0.3), add_pooling_layer=False, use_mask_token=True
-    )
-    head = torch.nn.Linear(48, patch * patch)
+    model = ViTModel(config(1, 2, initializer_range=0.3), add_pooling_layer=False)
+    head = torch.nn.Linear(48, 4)
     generator = torch.Generator().manual_seed(seed)
     optimizer, plan = schooling(torch.nn.ModuleList([model, head]), steps)
-    count = (SIDE // patch) ** 2
+    side = SIDE // 2
+    place = torch.arange(side * side).reshape(side, side)
+    down, across = offset
+    asked = place[max(-down, 0) : side - max(down, 0), max(-across, 0) : side - max(across, 0)]
+    asked = asked.flatten()
     for _ in range(steps):
-        batch = images[torch.randint(len(images), (16,), generator=generator)]
-        hidden = torch.rand(len(batch), count, generator=generator) < 0.25
-        out = model(pixel_values=batch, bool_masked_pos=hidden).last_hidden_state[:, 1:]
-        want = torch.nn.functional.unfold(batch, patch, stride=patch).mT
-        loss = (head(out) - want)[hidden].square().mean()
+        batch = train.images[torch.randint(len(train), (32,), generator=generator)]
+        out = model(pixel_values=batch).last_hidden_state[:, 1:]
+        patches = torch.nn.functional.unfold(batch, 2, stride=2).mT
+        loss = (head(out)[:, asked] - patches[:, asked + down * side + across]).square().mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
