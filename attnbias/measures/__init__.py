@@ -8,6 +8,7 @@ leaves the model as it found it.
 from __future__ import annotations
 
 from attnbias.measures.adaptive_heads import AdaptiveHeads, AdaptiveScores, moments_of
+from attnbias.measures.attention_gradient import AttentionGradient
 from attnbias.measures.attention_influence import AttentionInfluence, Influence
 from attnbias.measures.attention_probe import AttentionProbe
 from attnbias.measures.attention_progress import AttentionProgress
@@ -35,16 +36,18 @@ from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
 from attnbias.measures.secondary_sinks import SecondarySinks
 from attnbias.measures.sink_metric import SinkMetric
+from attnbias.measures.temporal_heads import TemporalHeads
 from attnbias.measures.visual_heads import VisualHeads, stage_others, stage_top
 from attnbias.measures.word_maps import WordMaps
 
 __all__ = [
+    "CMR",
     "AdaptiveHeads",
     "AdaptiveScores",
+    "AttentionGradient",
     "AttentionInfluence",
     "AttentionProbe",
     "AttentionProgress",
-    "CMR",
     "EpisodicMemory",
     "HeadAblation",
     "HeadDistances",
@@ -76,6 +79,7 @@ __all__ = [
     "Scores",
     "SecondarySinks",
     "SinkMetric",
+    "TemporalHeads",
     "VisualHeads",
     "WordMaps",
     "haystacks",
