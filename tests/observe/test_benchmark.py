@@ -35,12 +35,13 @@ def test_the_error_is_seen() -> None:
 
 
 def test_a_goal_is_missed_by_time_or_by_error() -> None:
-    def verdict(**cell: Any) -> list[bool]:
-        lines = {name: {"status": "ok", **cell} for name in bench.GOALS}
-        group = {"part": "site", "tokens": bench.GOAL_AT, "causal": False, "lines": lines}
+    def verdict(tokens: int, **cell: Any) -> list[bool]:
+        lines = {name: {"status": "ok", **cell} for name in bench.GOALS[tokens]}
+        group = {"part": "site", "tokens": tokens, "causal": False, "lines": lines}
         return [found["holds"] for found in bench.verdicts([group])]
 
-    assert verdict(ratio=2.1, error=1e-6) == [True, True]
-    assert verdict(ratio=2.5, error=1e-6) == [False, True]
-    assert verdict(ratio=2.1, error=1e-3) == [False, False]
+    assert verdict(8192, ratio=2.1, error=1e-6) == [True, True, True]
+    assert verdict(8192, ratio=2.5, error=1e-6) == [False, True, True]
+    assert verdict(8192, ratio=2.1, error=1e-3) == [False, False, False]
+    assert verdict(32768, ratio=4.1, error=1e-6) == [False]
     assert bench.verdicts([{"part": "site", "tokens": 64, "causal": False, "lines": {}}]) == []
