@@ -270,8 +270,9 @@ def markdown(payload: dict[str, Any]) -> str:
             peak = f"{cell['peak_mb']:,}" if "peak_mb" in cell else ""
             rows.append([name, *where, f"{cell['ratio']:.2f}", spread, median, worst, peak])
     told = [
-        f"- {v['line']}, {v['tokens']:,} tokens{', causal' if v['causal'] else ''}: {v['ratio']} of "
-        f"{v['limit']}, error {v['error']}: " + ("holds" if v["holds"] else "FALLS SHORT")
+        f"- {v['line']}, {v['tokens']:,} tokens{', causal' if v['causal'] else ''}: "
+        f"{v['ratio']} of {v['limit']}, error {v['error']}: "
+        + ("holds" if v["holds"] else "FALLS SHORT")
         for v in payload["goals"]
     ]
     columns = [
