@@ -26,6 +26,7 @@ from attnbias.measures.locality import Locality
 from attnbias.measures.massive_activations import MassiveActivations
 from attnbias.measures.mixing import Mixing
 from attnbias.measures.offset_heads import OffsetHeads
+from attnbias.measures.pattern_catalogue import PatternCatalogue, Patterns
 from attnbias.measures.position_curve import PositionCurve, position_curve
 from attnbias.measures.position_saliency import PositionSaliency
 from attnbias.measures.position_sensitivity import PositionSensitivity, Retrieval
@@ -38,6 +39,7 @@ from attnbias.measures.secondary_sinks import SecondarySinks
 from attnbias.measures.sink_metric import SinkMetric
 from attnbias.measures.temporal_heads import TemporalHeads
 from attnbias.measures.visual_heads import VisualHeads, stage_others, stage_top
+from attnbias.measures.word_form import WordForm
 from attnbias.measures.word_maps import WordMaps
 
 __all__ = [
@@ -66,6 +68,8 @@ __all__ = [
     "Measure",
     "Mixing",
     "OffsetHeads",
+    "PatternCatalogue",
+    "Patterns",
     "PositionCurve",
     "PositionSaliency",
     "PositionSensitivity",
@@ -81,6 +85,7 @@ __all__ = [
     "SinkMetric",
     "TemporalHeads",
     "VisualHeads",
+    "WordForm",
     "WordMaps",
     "haystacks",
     "moments_of",

@@ -33,12 +33,12 @@ def mlp(block: nn.Module) -> nn.Module:
 def states(
     subject: Subject, inputs: Mapping[str, Any] | None = None, *, of_mlp: bool = False
 ) -> Tensor:
-    """(layers, batch, tokens, size) float64: the output of every block of an eager float64 twin.
+    """(layers, batch, tokens, size) float64: the output of every block of a stock float64 twin.
 
     of_mlp: what its MLP adds, instead.
     """
     twin = copy.deepcopy(subject.model).double()
-    twin.set_attn_implementation("eager")  # type: ignore[operator]
+    twin.set_attn_implementation("sdpa")  # type: ignore[operator]
     found: list[Tensor] = []
 
     def keep(module: nn.Module, given: Any, out: Any) -> None:
