@@ -33,6 +33,7 @@ from attnbias.measures.position_sensitivity import PositionSensitivity, Retrieva
 from attnbias.measures.positional_heads import PositionalHeads
 from attnbias.measures.preplan_anchor import PreplanAnchor, Rhythm
 from attnbias.measures.pruning_importance import PruningImportance
+from attnbias.measures.reference_frame import ReferenceFrame
 from attnbias.measures.retrieval_heads import RetrievalHeads, haystacks
 from attnbias.measures.scores import Scores
 from attnbias.measures.secondary_sinks import SecondarySinks
@@ -43,13 +44,13 @@ from attnbias.measures.word_form import WordForm
 from attnbias.measures.word_maps import WordMaps
 
 __all__ = [
-    "CMR",
     "AdaptiveHeads",
     "AdaptiveScores",
     "AttentionGradient",
     "AttentionInfluence",
     "AttentionProbe",
     "AttentionProgress",
+    "CMR",
     "EpisodicMemory",
     "HeadAblation",
     "HeadDistances",
@@ -77,6 +78,7 @@ __all__ = [
     "PreplanAnchor",
     "Pruned",
     "PruningImportance",
+    "ReferenceFrame",
     "Retrieval",
     "RetrievalHeads",
     "Rhythm",
