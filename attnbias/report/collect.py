@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError
 from attnbias.report import interval
-from attnbias.report.data import Map, ReportData, Word
+from attnbias.report.data import Map, ReportData
 from attnbias.report.even import Even, Watch
 from attnbias.report.kinds import MOST_LINES, RECEIVED, candidates, kind_of
 from attnbias.report.profiles import (
@@ -27,6 +27,7 @@ from attnbias.report.profiles import (
     profiles,
 )
 from attnbias.report.text import Read, limit, read, shuffled
+from attnbias.report.words import words_of
 
 if TYPE_CHECKING:
     from attnbias.hub import Site
@@ -36,7 +37,6 @@ SEED = 20240229
 FUSED_ONLY = 8192
 """Over so many tokens a page shows only statistics that need no tile of the map."""
 TRIAL = 12
-NAMED = 20  # words whose interval is computed
 
 
 def collect(
@@ -107,7 +107,7 @@ def collect(
         model=name, revision=revision, architecture=type(model).__name__,
         causal=all(one.causal for one in even.values()),
         text=text_read.text, tokens=text_read.tokens,
-        words=_words(text_read, order, even, runs, seed),
+        words=words_of(text_read, order, even, runs, seed),
         layers=tuple((site.tower, site.layer) for site in even),
         maps=_maps(even, runs, shown, seed), version=__version__,
         settings=(*settings, ("Controls", f"words shuffled and weights drawn with seed {seed}")),
@@ -280,63 +280,6 @@ def _cells(seen: Seen) -> dict[str, dict[tuple[str, int], list[float]]]:
         places = found.setdefault(row.statistic, {})
         places.setdefault((row.tower, row.layer), []).append(row.value)
     return found
-
-
-def _words(
-    text: Read,
-    order: tuple[int, ...],
-    even: dict[Site, Even],
-    runs: tuple[Seen, Seen, Seen],
-    seed: int,
-) -> tuple[Word, ...]:
-    flat = torch.stack([one.received / one.queries for one in even.values()])  # (layers, keys)
-    heads = [_received(seen, even) for seen in runs]  # (layers, heads, keys)
-    own, mixed, born = (one.nanmean(1) for one in heads)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[torch.tensor(order)] = torch.arange(len(order))  # old position -> new position
-    starts = torch.tensor([piece.start for piece in text.words])
-    stops = torch.tensor([piece.stop for piece in text.words])
-
-    def within(values: Tensor, at: Tensor) -> Tensor:
-        """Sums over runs of tokens that begin `at` (words stay whole when they move)."""
-        total = torch.nn.functional.pad(values.cumsum(-1), (1, 0))
-        return total[..., at + (stops - starts)] - total[..., at]
-
-    base, moved = within(flat, starts), within(flat, back[starts])
-    by_layer = within(own, starts) / base
-    received = by_layer.mean(0)
-    low, high = torch.full((2, len(starts)), torch.nan, dtype=torch.float64)
-    named = received.topk(min(NAMED, len(starts))).indices
-    each = (within(heads[0], starts)[..., named] / base[:, None, named]).flatten(0, 1)
-    low[named], high[named] = interval.over_rows(each[~each.isnan().any(-1)], seed)
-    share = within(own, starts).mean(0)
-    columns = torch.stack([
-        share, received, (within(mixed, back[starts]) / moved).mean(0),
-        (within(mixed, starts) / base).mean(0), (within(born, starts) / base).mean(0), low, high,
-    ], -1).tolist()  # fmt: skip
-    layers = by_layer.T.tolist()
-    return tuple(
-        Word(
-            text=piece.text, special=piece.special, tokens=(piece.start, piece.stop), share=s,
-            received=r, by_layer=tuple(layers[n]), shuffled=m, in_place=p, random=b, gap=piece.gap,
-            low=lo, high=hi,
-        )
-        for n, (piece, (s, r, m, p, b, lo, hi)) in enumerate(
-            zip(text.words, columns, strict=True)
-        )
-    )  # fmt: skip
-
-
-def _received(seen: Seen, even: dict[Site, Even]) -> Tensor:
-    """(layers, heads, keys): share of a query's attention that each key receives."""
-    rows = []
-    for site in even:
-        tensor = seen.tensor(RECEIVED, site.tower)
-        rows.append(tensor.select(layer=site.layer, run=0, batch=0).values)
-    most = max(len(row) for row in rows)
-    return torch.stack([
-        torch.nn.functional.pad(row, (0, 0, 0, most - len(row)), value=torch.nan) for row in rows
-    ])  # fmt: skip
 
 
 @contextmanager

@@ -74,6 +74,15 @@ KNOWN = {
         "Where in the text the token stands that gets the largest weight, as the mean over all "
         "tokens.",
     ),
+    "windowed_distance": Kind(
+        "windowed_distance", "Distance up to a window", "tokens",
+        "How far away a head looks, everything further than 10 tokens counting as 10.",
+    ),
+    "future_influence": Kind(
+        "future_influence", "Attention from later tokens", SHARE,
+        "What a token receives from the tokens 10 to 50 after it, as the mean over the tokens that "
+        "have such: high where later text comes back to earlier tokens.",
+    ),
 }  # fmt: skip
 MOST_LINES = 4
 """A statistic that gives more lines than that for a head is a profile, not a map."""

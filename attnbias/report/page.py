@@ -19,6 +19,7 @@ from attnbias.report import charts
 from attnbias.report.clean import visible
 from attnbias.report.compare import compared
 from attnbias.report.data import Map, Profile, ReportData, Word
+from attnbias.report.glossary import GLOSSARY
 from attnbias.report.payload import DETAILS, Detail, packed
 from attnbias.report.summary import Summary, summarise
 
@@ -32,24 +33,6 @@ LARGEST = 10_000_000
 TABLE_WORDS = 1000
 NAMED = 6
 """Heads of a finding that the page links to."""
-
-GLOSSARY = (
-    ("Attention", "For every token, a head gives each token it may see a share; the shares of one "
-     "token add up to 100%. The token then reads the others in these proportions."),
-    ("Bias", "A tilt of these shares that does not come from what the text says: towards a place, "
-     "a distance, a kind of token."),
-    ("Control", "The same measurement where the thing looked for cannot be: with the words in "
-     "random order, and in the same architecture with random weights."),
-    ("Even share", "What a token would receive if every token spread its attention evenly over "
-     "the tokens it can see."),
-    ("Head, layer", "A layer holds several heads that attend side by side; layers follow one "
-     "another."),
-    ("Random weights", "The untrained model: same build, weights drawn anew from a fixed seed."),
-    ("Sink", "A token, often the first, that receives much attention whatever it is: a place to "
-     "put attention that has nowhere else to go."),
-    ("Token", "The piece of text a model reads: a word, a part of one, a sign, or a special token "
-     "such as [CLS] that the tokenizer adds."),
-)  # fmt: skip
 
 
 def clean(data: ReportData) -> ReportData:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attnbias.report.data import Cell, Map, ReportData, Word
+from attnbias.report.thresholds import RECEIVED_TIMES, RULES, Rule, times
 
 STANDING = (
     "Attention is not importance: a word that receives much attention need not matter to what the "
@@ -15,15 +16,6 @@ STANDING = (
 )
 
 NONE_FOUND = "No strong bias found."
-
-SINK_SHARE = 0.3
-"""A head is a sink head from this share of attention to one fixed token on."""
-NARROW_ENTROPY = 0.5
-"""A head is narrow below this part of the entropy of even attention."""
-LOCAL_DISTANCE = 0.25
-"""A head is local below this part of the mean distance of even attention."""
-RECEIVED_TIMES = 4.0
-"""A word stands out from this many times its even share on, as the mean over all heads."""
 
 
 @dataclass(frozen=True)
@@ -68,95 +60,6 @@ class Summary:
         return tuple(one for one in self.findings if one.strong)
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """How one statistic becomes a finding.
-
-    `passes` gets a value and the even value of its layer; `show` puts both in words.
-    """
-
-    key: str
-    name: str
-    most: bool
-    passes: Callable[[float, float], bool]
-    says: Callable[[ReportData], str]
-    show: Callable[[float, float], str]
-    threshold: str
-
-
-def percent(value: float) -> str:
-    """0.5 as "50%", with one digit below 10% and "under 0.1%" at the end of the scale."""
-    if math.isnan(value):
-        return "not measured"
-    if 0 < value < 0.001:
-        return "under 0.1%"
-    return f"{value:.1%}" if value < 0.0995 else f"{value:.0%}"
-
-
-def times(value: float) -> str:
-    """2.345 as "2.3 times"."""
-    if math.isnan(value):
-        return "not measured"
-    return (
-        f"{value:.0f} times" if value >= 9.95 or value == RECEIVED_TIMES else f"{value:.1f} times"
-    )
-
-
-def _of_even(value: float, even: float) -> str:
-    return percent(value / even) if even > 0 else "not measured"
-
-
-def _sink(value: float, even: float) -> bool:
-    return value >= max(SINK_SHARE, 2 * even)
-
-
-def _share(value: float, even: float) -> str:
-    return f"{percent(value)} (even: {percent(even)})"
-
-
-def _goes_to(which: str, place: int | None) -> Callable[[ReportData], str]:
-    return lambda data: (
-        f"at least {percent(SINK_SHARE)} of the attention goes to {which}"
-        + ("" if place is None else f" (“{data.tokens[place]}”)")
-    )
-
-
-def _share_rule(key: str, which: str, place: int | None = None) -> _Rule:
-    return _Rule(
-        key=key, name=f"attention to {which}", most=True, passes=_sink,
-        says=_goes_to(which, place), show=_share,
-        threshold=f"a head with {percent(SINK_SHARE)} or more of its attention on {which} "
-        "(and at least twice the even share)",
-    )  # fmt: skip
-
-
-RULES = (
-    _share_rule("first_token", "the first token", 0),
-    _share_rule("previous_token", "the previous token"),
-    _share_rule("next_token", "the next token"),
-    _share_rule("own_token", "the token itself"),
-    _share_rule("last_token", "the last token", -1),
-    _Rule(
-        key="entropy", name="narrow attention", most=False,
-        passes=lambda value, even: value < NARROW_ENTROPY * even,
-        says=lambda _: "attention is narrow: its entropy is under "
-        f"{percent(NARROW_ENTROPY)} of that of attention spread evenly",
-        show=lambda value, even: f"{_of_even(value, even)} of even",
-        threshold=f"a head with an entropy under {percent(NARROW_ENTROPY)} of that of even "
-        "attention",
-    ),
-    _Rule(
-        key="distance", name="attention to near tokens", most=False,
-        passes=lambda value, even: value < LOCAL_DISTANCE * even,
-        says=lambda _: "attention stays near: its mean distance is under "
-        f"{percent(LOCAL_DISTANCE)} of that of attention spread evenly",
-        show=lambda value, even: f"{value:.1f} tokens (even: {even:.1f})",
-        threshold=f"a head with a mean distance under {percent(LOCAL_DISTANCE)} of that of even "
-        "attention",
-    ),
-)  # fmt: skip
-
-
 def summarise(data: ReportData) -> Summary:
     """The findings of `data`, each against its stated threshold and its two controls.
 
@@ -184,11 +87,11 @@ def summarise(data: ReportData) -> Summary:
     return Summary(verdict, tuple(findings))
 
 
-def _passing(rule: _Rule, cells: list[Cell], panel: str) -> int:
+def _passing(rule: Rule, cells: list[Cell], panel: str) -> int:
     return sum(rule.passes(getattr(cell, panel), cell.even) for cell in cells)
 
 
-def _end(rule: _Rule, cells: list[Cell], panel: str) -> tuple[Cell | None, str]:
+def _end(rule: Rule, cells: list[Cell], panel: str) -> tuple[Cell | None, str]:
     """The head furthest on the side that the rule looks at, against even attention."""
     known = [cell for cell in cells if not math.isnan(getattr(cell, panel)) and cell.even > 0]
     pick = max if rule.most else min
@@ -198,7 +101,7 @@ def _end(rule: _Rule, cells: list[Cell], panel: str) -> tuple[Cell | None, str]:
     return best, rule.show(getattr(best, panel), best.even)
 
 
-def _reach(rule: _Rule, cells: list[Cell]) -> tuple[int, int]:
+def _reach(rule: Rule, cells: list[Cell]) -> tuple[int, int]:
     """Heads that pass with the whole of their interval, and with some of it."""
     ends = [
         sorted(
@@ -210,7 +113,7 @@ def _reach(rule: _Rule, cells: list[Cell]) -> tuple[int, int]:
     return sum(sure for sure, _ in ends), sum(some for _, some in ends)
 
 
-def _far(rule: _Rule) -> Callable[[Cell], float]:
+def _far(rule: Rule) -> Callable[[Cell], float]:
     """Sorts the heads furthest on the side that the rule looks at first."""
     return lambda cell: (-1 if rule.most else 1) * cell.values / max(cell.even, 1e-12)
 
@@ -224,7 +127,7 @@ def _interval(cells: list[Cell], blocks: int, sure: int, some: int) -> str:
     )
 
 
-def _between(rule: _Rule, cell: Cell) -> str:
+def _between(rule: Rule, cell: Cell) -> str:
     """ "; 95% interval a to b" where there is one."""
     if math.isnan(cell.low):
         return rule.show(cell.values, cell.even)
@@ -235,7 +138,7 @@ def _between(rule: _Rule, cell: Cell) -> str:
     return f"{first} ({inside}; {rest}" if bracket else f"{first} ({inside})"
 
 
-def _map_finding(data: ReportData, rule: _Rule, one: Map) -> Finding:
+def _map_finding(data: ReportData, rule: Rule, one: Map) -> Finding:
     cells = one.cells()
     total = len(cells)
     found, shuffled, random = (_passing(rule, cells, p) for p in ("values", "shuffled", "random"))

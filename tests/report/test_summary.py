@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from attnbias.report import summarise
-from attnbias.report.summary import NONE_FOUND, RECEIVED_TIMES, STANDING, percent, times
+from attnbias.report.summary import NONE_FOUND, STANDING
+from attnbias.report.thresholds import RECEIVED_TIMES, percent, times
 from tests.report.made import HEADS, LAYERS, even_data, even_word, planted, sink_data
 
 

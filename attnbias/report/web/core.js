@@ -66,9 +66,11 @@ function number(x, unit) {
   const digits = size === 0 ? 0 : Math.max(0, Math.min(5, 2 - Math.floor(Math.log10(size))));
   return x.toFixed(digits) + (unit === "value" ? "" : " " + unit);
 }
+// The same without the unit, where a row or a column names it.
+const bare = (x, unit) => (unit.startsWith("share") || unit === "yes or no" ? number(x, unit) : number(x, "value"));
 const times = (x) => (x === null || Number.isNaN(x) ? "not measured" : (x < 0.095 ? x.toFixed(2) : x.toFixed(1)) + "×");
 const between = (cell, unit) =>
-  Number.isNaN(cell.low) ? "" : number(cell.low, unit) + " to " + number(cell.high, unit);
+  Number.isNaN(cell.low) ? "" : bare(cell.low, unit) + " to " + bare(cell.high, unit);
 const towerOf = (name) => (run.towers.length > 1 ? " (" + name + ")" : "");
 const headName = (head) => "Layer " + head[1] + ", head " + head[2] + towerOf(head[0]);
 const ordinal = (n) => n + (n % 100 > 10 && n % 100 < 14 ? "th" : ["th", "st", "nd", "rd"][n % 10] || "th");

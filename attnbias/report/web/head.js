@@ -56,9 +56,10 @@ function fillStatistics(stats) {
     const cell = run.cell(stat, head[1], head[2]);
     if (!cell) continue;
     const twin = other && other.stat(stat.key) && other.cell(other.stat(stat.key), head[1], head[2]);
-    const texts = [number(cell.values, stat.unit), between(cell, stat.unit), ...(other ? [twin ? number(twin.values, stat.unit) : "not measured"] : []),
-      number(cell.shuffled, stat.unit), number(cell.random, stat.unit), number(cell.even, stat.unit), rank(stat, cell)];
-    const title = make("th", { scope: "row", class: "text", title: stat.meaning }, stat.title);
+    const texts = [bare(cell.values, stat.unit), between(cell, stat.unit), ...(other ? [twin ? bare(twin.values, stat.unit) : "not measured"] : []),
+      bare(cell.shuffled, stat.unit), bare(cell.random, stat.unit), bare(cell.even, stat.unit), rank(stat, cell)];
+    const unit = stat.unit === "value" || stat.unit.startsWith("share") || stat.unit === "yes or no" ? "" : " (" + stat.unit + ")";
+    const title = make("th", { scope: "row", class: "text", title: stat.meaning }, stat.title + unit);
     body.append(make("tr", { "data-statistic": stat.key }, title, ...texts.map((text) => make("td", {}, text))));
   }
 }

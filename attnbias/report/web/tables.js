@@ -32,7 +32,7 @@ function fillHeads(all) {
   body.replaceChildren(...shown.map((c) => {
     const row = make("tr", {}, make("td", {}, String(c.layer)), make("td", {}, String(c.head)));
     ["values", "low", "high", "shuffled", "random", "even"].forEach((kind) =>
-      row.append(make("td", { "data-value": exact(c[kind]) }, Number.isNaN(c[kind]) ? "" : String(Number(c[kind].toPrecision(4))))));
+      row.append(make("td", { "data-value": exact(c[kind]) }, Number.isNaN(c[kind]) ? "" : Math.abs(c[kind]) < 1e-6 ? "0" : String(Number(c[kind].toPrecision(4))))));
     return row;
   }));
   headsTable.tHead.querySelectorAll("[aria-sort]").forEach((one) => one.removeAttribute("aria-sort"));
@@ -45,8 +45,7 @@ byId("heads-more").addEventListener("click", () => fillHeads(true));
 fillHeads(false);
 
 // First what the first screen shows, then the head.
-const began = performance.now();
 ranked().then(drawMaps).then(drawHead).then(() => {
   document.documentElement.setAttribute("data-drawn", String(drawn.size));
-  document.documentElement.setAttribute("data-seconds", ((performance.now()) / 1000).toFixed(3));
+  document.documentElement.setAttribute("data-seconds", (performance.now() / 1000).toFixed(3));
 });
