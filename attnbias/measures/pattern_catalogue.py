@@ -177,7 +177,7 @@ class PatternCatalogue(Measure):
                 batch = scaled[rows]
                 loss = (decoder(encoder(batch)) - batch).square().mean()
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
         with torch.no_grad():
             codes = encoder(scaled)
