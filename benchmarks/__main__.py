@@ -26,6 +26,7 @@ ORDER = (
     "benchmarks.stability",
     "benchmarks.observe",
     "benchmarks.steer",
+    "benchmarks.page",
 )
 
 
