@@ -18,7 +18,7 @@ ASK = "Describe the image."
 def run(args: argparse.Namespace, settings: tuple[tuple[str, str], ...]) -> int:
     """Measure, write the files asked for (all or none), print the findings; returns 0."""
     from attnbias.cli.loading import text_of
-    from attnbias.cli.observe import OUTPUTS, layer_numbers
+    from attnbias.cli.observe import OUTPUTS, _title, layer_numbers
     from attnbias.report.files import check_targets, write_all
 
     targets = {name: path for name in OUTPUTS if (path := getattr(args, name, None)) is not None}
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, settings: tuple[tuple[str, str], ...]) -> int:
     model, processor, revision, kind = load(args)
     inputs = inputs_of(kind, processor, picture, text, args.model)
     seen = see(
-        model, processor, inputs, kind, name=args.model, revision=revision, layers=layers,
+        model, processor, inputs, kind, name=_title(args.model), revision=revision, layers=layers,
         image=args.image.name, settings=settings,
     )  # fmt: skip
     write_all({path: content(name, seen) for name, path in targets.items()})

@@ -66,7 +66,7 @@ def see_image(
         places = {"class": (0, 1), **places}
     if grid.start > 1:
         places["registers"] = (1, grid.start)
-    chosen = _layers(model, "vision", layers)
+    chosen = layers_of_tower(model, "vision", layers)
     order = moved(grid.patches, seed)
 
     def look(one: nn.Module, given: Mapping[str, Any]) -> Seen:
@@ -165,7 +165,8 @@ def _numbers(part: Any) -> tuple[int, ...]:
     return tuple(part.labels["layer"])
 
 
-def _layers(model: nn.Module, tower: str, layers: Layers) -> Any:
+def layers_of_tower(model: nn.Module, tower: str, layers: Layers) -> Any:
+    """What `observe` takes as layers for one tower; refused where the model has no such tower."""
     from attnbias.hub import sites
 
     have = [site.layer for site in sites(model) if site.tower == tower]
@@ -283,7 +284,7 @@ def see_modalities(
     last = torch.zeros(length, dtype=torch.bool)
     last[-1] = True
     askers = {"text": seeing, "last": last}
-    chosen = _layers(model, "text", layers)
+    chosen = layers_of_tower(model, "text", layers)
     seen = {"": _shares(model, inputs, groups, chosen)}
     if controls:
         seen[RANDOM] = _shares(untrained(model, seed), inputs, groups, chosen)

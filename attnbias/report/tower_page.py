@@ -41,7 +41,7 @@ def render(seen: TowersSeen) -> bytes:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Attention of {words(seen.model)} over an image</title><style>{style}</style>"
+        f"<title>Attention of {words(seen.model)}</title><style>{style}</style>"
         f"</head><body><main><h1>Attention of {words(seen.model)}</h1>"
         f'<div class="box"><h3>In words</h3><ul>'
         f"{''.join(f'<li>{words(line)}</li>' for line in findings(seen))}</ul>"
@@ -87,8 +87,18 @@ def findings(seen: TowersSeen) -> list[str]:
                 f"{overlay.says(one)}"
                 for one in part.surfaces
             ]
+        if isinstance(part, CrossSeen):
+            found.append(f"Over the source, the mean of all layers and heads: {crossing(part)}")
         found += [in_words(one) for one in part.numbers]
     return found
+
+
+def crossing(part: CrossSeen, count: int = 3) -> str:
+    """The source positions that receive most, in words."""
+    mean = part.received.flatten(0, 1).nanmean(0)
+    best = mean.argsort(descending=True, stable=True)[:count].tolist()
+    named = [f"“{part.source[n]}” (position {n}) {overlay.times(float(mean[n]))}" for n in best]
+    return f"most goes to {', '.join(named)}, in times the even share."
 
 
 def in_words(one: Numbers) -> str:
@@ -121,7 +131,35 @@ def _part(part: ImageSeen | ModalitySeen | CrossSeen) -> Iterator[str]:
             yield f"<h3>{words(surface.title)}</h3>"
             yield overlay.fragment(part, surface.key)
             yield from _layers(surface)
+    if isinstance(part, CrossSeen):
+        yield _source(part)
     yield "".join(_table(one) for one in part.numbers)
+
+
+SHOWN = 200
+"""Source positions listed on the page; of more, those that receive most."""
+
+
+def _source(part: CrossSeen) -> str:
+    """Every source position with what it receives, as a bar and a number."""
+    mean = part.received.flatten(0, 1).nanmean(0)
+    top = max(float(mean.max()), 1e-12)
+    best = sorted(mean.argsort(descending=True, stable=True)[:SHOWN].tolist())
+    lines = "".join(
+        f'<tr><td>{n}</td><th scope="row">{words(part.source[n])}</th><td>{float(mean[n]):.2f}</td>'
+        f'<td class="bar"><span style="width:{100 * float(mean[n]) / top:.1f}%"></span></td></tr>'
+        for n in best
+    )
+    left = len(part.source) - len(best)
+    more = f" The {left} positions that receive least are left out." if left else ""
+    return (
+        f"<p>{words(crossing(part).capitalize())}</p>"
+        "<details open><summary>What each position of the source receives</summary>"
+        '<div class="scroll"><table class="source"><caption>Attention received from '
+        f"{len(part.target)} decoder tokens, the mean of all layers and heads, in times the even "
+        f"share.{more}</caption><thead><tr><th>position</th><th>source</th><th>times</th><td></td>"
+        f"</tr></thead><tbody>{lines}</tbody></table></div></details>"
+    )
 
 
 def _layers(surface: Surface) -> Iterator[str]:
@@ -177,6 +215,9 @@ def rows(seen: TowersSeen) -> list[dict[str, Any]]:
                     })  # fmt: skip
 
     for part in seen.parts:
+        if isinstance(part, CrossSeen):
+            top = part.received.nan_to_num(-1).amax(-1)
+            add(part.tower, "received highest position", part.layers, "this input", top)
         for one in part.numbers:
             for which, values in {"this input": one.values, **one.controls}.items():
                 add(part.tower, one.key, one.layers, which, values)
@@ -213,7 +254,14 @@ def to_json(seen: TowersSeen) -> bytes:
         }
         for part in seen.parts if isinstance(part, ImageSeen) for one in part.surfaces
     ]  # fmt: skip
-    whole = {"facts": dict(facts(seen)), "heads": rows(seen), "surfaces": surfaces}
+    sources = [
+        {"tower": part.tower, "source": part.source, "layers": list(part.layers),
+         "received": _plain(part.received)}
+        for part in seen.parts if isinstance(part, CrossSeen)
+    ]  # fmt: skip
+    whole = {
+        "facts": dict(facts(seen)), "heads": rows(seen), "surfaces": surfaces, "sources": sources,
+    }  # fmt: skip
     return (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode()
 
 

@@ -149,7 +149,6 @@ class CrossSeen:
         target: the decoder's tokens.
         received: ``(layers, heads, source)``: attention to each encoder position, in times the even
             share, the mean over the decoder's tokens.
-        mean: ``(target, source)``: the map as the mean over all heads; None beyond 512 x 4096.
         numbers: of each head.
     """
 

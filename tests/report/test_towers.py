@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import xml.etree.ElementTree as tree
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,3 +291,125 @@ def test_the_page_holds_its_numbers_and_runs_nothing() -> None:
     data = json.loads(tower_page.to_json(seen))
     assert data["facts"]["Command"] == "a < b"
     assert data["surfaces"][0]["values"] == seen.parts[0].surfaces[0].values.tolist()  # type: ignore[union-attr]
+
+
+# Encoder-decoders ---------------------------------------------------------------------------------
+
+
+def sharp(kind: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """A tiny T5, BART or Whisper with sharpened heads, and one row of its inputs."""
+    ids = {"decoder_input_ids": models.tokens(1, 7, seed=5)}
+    if kind == "bart":
+        subject = models.bart("cross")
+        return subject.model, {"input_ids": models.tokens(1, 11), **ids}
+    if kind == "t5":
+        from tests.observe.models import t5_model
+
+        return t5_model(), {"input_ids": models.tokens(1, 11) % 60, "decoder_input_ids":
+                            ids["decoder_input_ids"] % 60}  # fmt: skip
+    from transformers import WhisperConfig, WhisperModel
+
+    config = WhisperConfig(
+        vocab_size=models.VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20, max_target_positions=32,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = models.sharpen(models.redraw(WhisperModel(config)).eval(), 5.0)
+    sound = torch.randn(1, 8, 40, generator=torch.Generator().manual_seed(0))
+    return model, {"input_features": sound, **ids}
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
+def test_cross_attention_is_that_of_the_eager_map(kind: str) -> None:
+    import copy
+
+    from attnbias.report.crossing import see_cross
+
+    model, inputs = sharp(kind)
+    seen = see_cross(model, inputs)
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.no_grad():
+        out = twin(**inputs, output_attentions=True)
+    whole = torch.stack([p[0] for p in out.cross_attentions]).double()
+    keys = whole.shape[-1]
+    assert len(seen.source) == keys
+    assert len(seen.target) == 7
+    assert torch.allclose(seen.received, whole.mean(-2) * keys, atol=1e-4)
+    found = {one.key: one for one in seen.numbers}
+    entropy = -torch.xlogy(whole, whole).sum(-1).mean(-1)
+    assert torch.allclose(found["entropy"].values, entropy, atol=1e-4)
+    assert torch.allclose(found["most"].values, whole.mean(-2).amax(-1), atol=1e-5)
+    assert torch.allclose(found["last"].values, whole[..., -1].mean(-1), atol=1e-5)
+    assert float(found["entropy"].values.min()) < 0.9 * found["entropy"].even
+    assert not torch.allclose(found["last"].values, found["last"].controls[RANDOM])
+    if kind == "whisper":
+        assert seen.source[:3] == ("0.00 s", "0.02 s", "0.04 s")
+    page = TowersSeen(kind, "", kind, "1", (seen,))
+    text = tower_page.render(page).decode()
+    mean = seen.received.flatten(0, 1).mean(0)
+    assert f"<td>{float(mean.max()):.2f}</td>" in text
+    assert json.loads(tower_page.to_json(page))["sources"][0]["source"][0] == seen.source[0]
+
+
+def test_cross_attention_needs_names_that_fit() -> None:
+    from attnbias.report.crossing import see_cross
+
+    model, inputs = sharp("bart")
+    named = see_cross(model, inputs, source=[f"w{n}" for n in range(11)], controls=False)
+    assert named.source[2] == "w2"
+    with pytest.raises(AttnbiasError, match="source must name 11"):
+        see_cross(model, inputs, source=["a"], controls=False)
+    with pytest.raises(AttnbiasError, match="one row"):
+        see_cross(model, {k: v.expand(2, -1) for k, v in inputs.items()}, controls=False)
+    with pytest.raises(Refused, match="no cross tower"):
+        see_cross(models.MAKERS["vit"]().model, {})
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_page_over_the_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    from attnbias.cli import main
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=48, patch_size=8, initializer_range=0.2,
+    )  # fmt: skip
+    ViTModel(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(tmp_path / "vit")
+    flower = load_sample_images().images[1]
+    Image.fromarray(flower).save(tmp_path / "flower.png")
+    out = {kind: tmp_path / f"out.{kind}" for kind in ("html", "png", "csv", "json")}
+    capsys.readouterr()
+    given = ["observe", str(tmp_path / "vit"), "--image", str(tmp_path / "flower.png")]
+    code = main([
+        *given, "--report", str(out["html"]), "--png", str(out["png"]), "--csv", str(out["csv"]),
+        "--json", str(out["json"]),
+    ])  # fmt: skip
+    assert code == 0
+    assert "Attention received" in capsys.readouterr().out
+    assert out["png"].read_bytes().startswith(b"\x89PNG")
+    data = json.loads(out["json"].read_text())
+    page = out["html"].read_text()
+    values = torch.tensor(data["surfaces"][0]["values"])
+    assert values.shape == (2, 2, 6, 6)
+    assert f"<td>{float(values.mean((0, 1))[2, 3]):.2f}</td>" in page
+    assert data["facts"]["Command"].startswith("attnbias observe")
+    assert str(tmp_path) not in page.replace(str(tmp_path / "vit"), "")
+    for wrong, says in (
+        ([*given, "--text", str(tmp_path / "out.csv")], "images alone"),
+        ([*given[:3], str(out["csv"])], "not an image"),
+        (given[:2], "--image"),
+    ):
+        assert main(wrong) == 2
+        assert says in capsys.readouterr().err
