@@ -196,6 +196,35 @@ def test_the_scores_of_all_that_is_read_by_the_logits_add_up(stories: Any) -> No
     assert ("m0", "a1.h0<v>") in got
 
 
+def test_a_planted_temporal_head_is_found() -> None:
+    """Head 0 reads what years are made of, head 1 what subjects are; both attend to all alike."""
+    from experiments.temporal_heads import OBJECT, circuits, decoder
+
+    model = decoder(0)
+    attention = model.model.layers[0].self_attn
+    size, width = 64, attention.head_dim
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        table = model.model.embed_tokens.weight
+        table[:, size - 1] = 3  # of all tokens, so that norms hardly tell them apart
+        table[1:5, :width] = torch.randn(4, width, generator=generator)
+        table[5:OBJECT, width : 2 * width] = torch.randn(OBJECT - 5, width, generator=generator)
+        for head in (0, 1):
+            part = slice(head * width, (head + 1) * width)
+            attention.v_proj.weight[part, part] = torch.eye(width)
+            attention.o_proj.weight[8 + part.start : 8 + part.stop, part] = torch.eye(width)
+        model.lm_head.weight[OBJECT:, 8 : 8 + 2 * width] = 20 * torch.randn(
+            len(table) - OBJECT, 2 * width, generator=generator
+        )
+    scores = TemporalHeads(4, threshold=0.05).measure(model, circuits(0))
+    members = scores.details["membership"].double()
+    assert members[:, 0, 2:].sum() == members[:, 1].sum() == 0
+    assert scores.details["temporal"] == ((0, 0),)
+    assert members[-3:, 0, 1].sum() == 3  # facts without years go through the head of subjects
+
+
 def test_cuts() -> None:
     scores = {
         ("input", "a0.h0<q>"): 1.0,
