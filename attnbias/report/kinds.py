@@ -91,8 +91,8 @@ MOST_LINES = 4
 def candidates() -> list[Any]:
     """The statistics that need no argument, in the order of the list that a reader chooses from.
 
-    The offsets -1, 0 and 1 and the last token are among them. Whether each can be measured on a
-    text is tried out by `collect`.
+    The offsets -1, 0 and 1, the last token and what other packages add are among them. Whether each
+    can be measured on a text is tried out by `collect`.
     """
     from attnbias.observe import statistics
 
@@ -103,8 +103,8 @@ def candidates() -> list[Any]:
     ]  # fmt: skip
     taken = {type(one) for one in known}
     more = []
-    for word in statistics.BUILTIN:
-        kind = getattr(statistics, word)
+    for word in statistics.available():
+        kind = statistics.by_name(word)
         if kind in taken:
             continue
         try:

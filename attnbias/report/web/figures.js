@@ -40,6 +40,8 @@ window.addEventListener("afterprint", () => redrawAll(dark.matches));
 
 // The figure of a button as a file, in the colours of paper whatever the screen shows.
 function save(place, kind, name) {
+  if (waiting.has(place)) drawWaiting(place);
+  if (!drawn.has(place)) return;
   const spec = Object.assign({}, drawn.get(place).spec);
   if (spec.width === "container") spec.width = Math.max(300, place.clientWidth - 120);
   const shelf = make("div", { class: "shelf" });

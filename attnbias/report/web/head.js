@@ -40,7 +40,8 @@ function drawHead() {
   fillStatistics(stats);
   fillTop();
   document.querySelectorAll("#head .figure").forEach((figure) => { figure.dataset.name = name + " " + figure.dataset.kind; });
-  const jobs = [besideFigure(stats, name), positionFigure(name), nearFigure(name), tokensFigure(name)];
+  tokensFigure(name);
+  const jobs = [besideFigure(stats, name), positionFigure(name), nearFigure(name)];
   return Promise.all(jobs.filter(Boolean));
 }
 
@@ -98,7 +99,7 @@ function besideFigure(stats, name) {
       { transform: [{ filter: "datum.which === 'Other heads'" }], mark: { type: "tick", color: GREY, opacity: 0.45, aria: false, thickness: 1, size: 12 }, encoding: { x, y } },
       { transform: [{ filter: "datum.which === 'This head'" }], mark: { type: "point", filled: true, size: 110, color: BLUE, opacity: 1 }, encoding: { x, y, tooltip: { field: "says", title: name }, description: { field: "says" } } },
     ],
-  }, null, values.length * 0);
+  });
 }
 
 function positionFigure(name) {
@@ -155,10 +156,29 @@ function nearFigure(name) {
   });
 }
 
+// Thousands of squares are drawn when the reader comes near them, and before printing.
+const waiting = new Map();
+function drawWaiting(place) {
+  const job = waiting.get(place);
+  waiting.delete(place);
+  if (job) job();
+}
+const near = new IntersectionObserver((entries) => {
+  entries.filter((one) => one.isIntersecting).forEach((one) => drawWaiting(one.target));
+}, { rootMargin: "400px" });
+function whenNear(place, job) {
+  waiting.set(place, job);
+  near.unobserve(place);
+  near.observe(place);
+}
+window.addEventListener("beforeprint", () => Array.from(waiting.keys()).forEach(drawWaiting));
+
 // The map over the tokens of a short text: who looks (down) at whom (across).
 function tokensFigure(name) {
   const figure = document.querySelector("[data-chart='tokens']"), at = run.places.get(head.join("/"));
-  if (!figure || at === undefined || !run.maps[at]) return null;
+  if (figure && at !== undefined && run.maps[at]) whenNear(figure, () => drawTokens(figure, at, name));
+}
+function drawTokens(figure, at, name) {
   const size = run.tokens.length, weights = bytes(run.maps[at]), values = [];
   const label = (n) => n + " " + run.tokens[n];
   for (let i = 0; i < size; i++)
