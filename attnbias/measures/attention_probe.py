@@ -137,12 +137,27 @@ class AttentionProbe(Measure):
             [weights], max_iter=self.steps, line_search_fn="strong_wolfe", tolerance_grad=1e-9
         )
 
+        most = max(attention.shape[-1] for attention, _, _ in known)
+        wide = [most - attention.shape[-1] for attention, _, _ in known]
+        pad = nn.functional.pad
+        attention = torch.stack([pad(a, (0, w)) for (a, _, _), w in zip(known, wide, strict=True)])
+        pairs = [
+            pad(p, (0, 0, 0, w)) for (_, p, _), w in zip(known, wide, strict=True) if p is not None
+        ]
+        pair = torch.stack(pairs) if pairs else attention.new_ones(len(known), most, 1)
+        hidden = torch.zeros(len(known), most, dtype=torch.bool)
+        right = torch.zeros_like(hidden)
+        for n, (more, (_, word, answers)) in enumerate(zip(wide, items, strict=True)):
+            hidden[n, most - more :] = True
+            hidden[n, word] = True
+            right[n, list(answers)] = True
+
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = self.decay * weights.square().sum()
-            for features, (_, _, answers) in zip(known, items, strict=True):
-                logs = _scores(weights, features).log_softmax(0)
-                loss = loss - logs[list(answers)].logsumexp(0) / len(items)
+            each = torch.einsum("dsk,ndkw->nws", weights, attention)
+            logs = (each * pair).sum(-1).masked_fill(hidden, -1e30).log_softmax(-1)
+            found = logs.masked_fill(~right, -torch.inf).logsumexp(-1)
+            loss = self.decay * weights.square().sum() - found.mean()
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
