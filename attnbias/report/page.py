@@ -20,7 +20,7 @@ from attnbias.report.clean import visible
 from attnbias.report.compare import compared
 from attnbias.report.data import Map, Profile, ReportData, Word
 from attnbias.report.glossary import GLOSSARY
-from attnbias.report.payload import DETAILS, Detail, packed
+from attnbias.report.payload import DETAILS, Detail, packed, told
 from attnbias.report.summary import Summary, summarise
 
 LEVELS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -125,7 +125,8 @@ def _render(data: ReportData, other: ReportData | None, detail: Detail) -> bytes
         most=(max(n for _, n in first.layers), max(len(r) for m in first.maps for r in m.values)),
         comparison=None if other is None else compared(shown[0], shown[1], summaries),
         glossary=GLOSSARY,
-        made=[_made(one, given.text_hash) for one, given in zip(shown, (data, other), strict=False)
+        detail=detail,
+        made=[_made(one, given.text_hash, detail) for one, given in zip(shown, (data, other), strict=False)
               if given is not None],
         cite=[citation(one, given.text_hash)
               for one, given in zip(shown, (data, other), strict=False) if given is not None],
@@ -289,7 +290,8 @@ def citation(data: ReportData, digest: str) -> str:
     )
 
 
-def _made(data: ReportData, digest: str) -> list[tuple[str, str]]:
+def _made(data: ReportData, digest: str, detail: Detail) -> list[tuple[str, str]]:
+    left = told(detail)
     return [
         ("Model", data.model),
         ("Weights", data.revision or "unknown"),
@@ -297,4 +299,5 @@ def _made(data: ReportData, digest: str) -> list[tuple[str, str]]:
         ("Text", f"SHA-256 {digest}"),
         ("attnbias", data.version),
         *data.settings,
+        *([("Left out to keep the page small", left)] if left else []),
     ]

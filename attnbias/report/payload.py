@@ -43,6 +43,19 @@ DETAILS = (
 )
 
 
+def told(detail: Detail) -> str:
+    """What a page of this detail leaves out, in words; "" where it leaves out nothing."""
+    most = DETAILS[0]
+    parts = [
+        (detail.maps != most.maps, "maps over the tokens"),
+        (detail.layers != most.layers, "what each word receives layer by layer"),
+        (detail.bins != most.bins, f"positions in more than {detail.bins} bins"),
+        (detail.words != most.words, f"words after the first {detail.words}"),
+        (detail.top != most.top, f"keys of a head after the first {detail.top}"),
+    ]
+    return "; ".join(word for wanted, word in parts if wanted)
+
+
 def packed(data: ReportData, short: str, detail: Detail) -> dict[str, Any]:
     """One run as the page's script reads it (`Run` in web/core.js)."""
     length = len(data.tokens)

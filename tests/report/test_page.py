@@ -196,6 +196,8 @@ def test_what_does_not_fit_is_left_out_finest_first(monkeypatch):
     packed = json.loads(Reader(small.decode()).scripts[0])["runs"][0]
     assert packed["maps"] == []
     assert len(packed["words"]["text"]) == 120
+    assert "Left out to keep the page small" in small.decode()
+    assert "Left out to keep the page small" not in whole.decode()
     monkeypatch.setattr(page, "LARGEST", 1000)
     with pytest.raises(AttnbiasError, match="layers"):
         page.render(data)

@@ -16,7 +16,8 @@ from torch import Tensor
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.observe.grid import Grid
 from attnbias.report import overlay, tower_page
-from attnbias.report.looking import modalities, moved, see_image, see_modalities, shuffle_patches
+from attnbias.report.looking import moved, see_image, shuffle_patches
+from attnbias.report.modalities import modalities, see_image_in_text, see_modalities
 from attnbias.report.towers import (
     FOLLOWED,
     RANDOM,
@@ -165,6 +166,42 @@ def test_shares_by_modality_are_sums_of_the_eager_map(name: str) -> None:
         assert torch.allclose(found[f"last->{group}"].values, last, atol=1e-5)
     assert found["last->image 0"].even == pytest.approx(4 / 16)
     assert RANDOM in found["last->text"].controls
+
+
+@pytest.mark.parametrize("name", models.VLMS)
+def test_the_last_token_over_the_image_is_its_row_of_the_map(name: str) -> None:
+    subject = models.MAKERS[name]()
+    row = subject.row(0)
+    seen = see_image_in_text(subject.model, row)
+    whole = torch.stack([p[0] for p in eager(models.Subject(name, subject.model, row), "text")])
+    want = whole[:, :, -1, 2:6].reshape(3, 4, 2, 2) * 16
+    assert torch.allclose(seen.surfaces[0].values, want, atol=1e-4)
+    assert seen.picture.pixels.shape == (16, 16, 3)
+    with pytest.raises(AttnbiasError, match="no image 3"):
+        see_image_in_text(subject.model, row, image=3)
+    if name == "llava":
+        three = {
+            **row,
+            "input_ids": torch.cat([row["input_ids"][:, :5], row["input_ids"][:, 6:]], 1),
+        }
+        with pytest.raises(Refused, match="form no grid"):
+            see_image_in_text(subject.model, three)
+
+
+def test_what_stands_out_is_named_and_what_does_not_is_not() -> None:
+    even = torch.ones(1, 2, 3, 3)
+    spot = even.clone()
+    spot[..., 1, 2] = 9.0
+
+    def told(values: Tensor, place: Tensor, patch: Tensor, random: Tensor) -> str:
+        controls = {SHUFFLED: place, FOLLOWED: patch, RANDOM: random}
+        return overlay.verdict(Surface("received", "T", "m", (0,), values, controls))
+
+    assert told(even, even, even, even).startswith("No strong bias found: no patch receives 2")
+    assert told(spot, spot, even, spot).startswith("No strong bias found: the highest patch")
+    assert told(spot, spot, spot.flip(-1), even).startswith("A bias to a place in the image")
+    assert told(spot, spot.flip(-1), spot, even).startswith("Attention follows what the patches")
+    assert "by neither" in told(spot, spot.flip(-1), spot.flip(-2).flip(-1), even)
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:

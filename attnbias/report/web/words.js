@@ -10,7 +10,8 @@ function Words(source, at) {
   for (const name of ["all", "shuffled", "place", "random", "share"]) packed[name] = floats(words[name]);
   const layers = words.layers ? floats(words.layers) : null;
   const value = (i) =>
-    layerSelect.value === "all" || !layers ? packed.all[i] : layers[Number(layerSelect.value) * words.text.length + i];
+    layerSelect.value === "all" ? packed.all[i] : layers && layers.length > Number(layerSelect.value) * words.text.length + i
+      ? layers[Number(layerSelect.value) * words.text.length + i] : NaN;
   let items = [], first = 0, last = null;
   function tell(item, n) {
     last = [item, n];
