@@ -82,7 +82,8 @@ def _render(data: ReportData, other: ReportData | None, detail: Detail) -> bytes
     import jinja2
     from markupsafe import Markup
 
-    shown = [clean(one) for one in (data, other) if one is not None]
+    given = [data] if other is None else [data, other]
+    shown, digests = [clean(one) for one in given], [one.text_hash for one in given]
     first = shown[0]
     names = short_names(shown)
     summaries = [summarise(one) for one in shown]
@@ -126,10 +127,8 @@ def _render(data: ReportData, other: ReportData | None, detail: Detail) -> bytes
         comparison=None if other is None else compared(shown[0], shown[1], summaries),
         glossary=GLOSSARY,
         detail=detail,
-        made=[_made(one, given.text_hash, detail) for one, given in zip(shown, (data, other), strict=False)
-              if given is not None],
-        cite=[citation(one, given.text_hash)
-              for one, given in zip(shown, (data, other), strict=False) if given is not None],
+        made=[_made(one, digest, detail) for one, digest in zip(shown, digests, strict=True)],
+        cite=[citation(one, digest) for one, digest in zip(shown, digests, strict=True)],
     )  # fmt: skip
     return html.encode("utf-8", "replace")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from attnbias.report import summarise
+from attnbias.report import ReportData, summarise
 from attnbias.report.summary import NONE_FOUND, STANDING
 from attnbias.report.thresholds import RECEIVED_TIMES, percent, times
 from tests.report.made import HEADS, LAYERS, even_data, even_word, planted, sink_data
@@ -56,6 +56,31 @@ def test_what_random_weights_show_as_well_is_not_called_a_bias():
     one = finding(replace(sink_data(), maps=(shown, *rest)), "first_token")
     assert not one.strong
     assert "comes with the architecture" in one.reading
+
+
+def interval_data(low: float) -> ReportData:
+    """One head at 40% on the first token, whose interval begins at `low`."""
+    first, *rest = even_data().maps
+    one = replace(
+        first,
+        values=planted(first.values, {(2, 2): 0.4}),
+        low=planted(first.values, {(2, 2): low}),
+        high=planted(first.values, {(2, 2): 0.5}),
+    )
+    return even_data(maps=(one, *rest), blocks=16)
+
+
+def test_a_head_counts_as_strong_with_the_whole_of_its_interval():
+    sure = finding(interval_data(0.33), "first_token")
+    assert sure.strong
+    assert "40% (95% interval 33% to 50%; even: 7.7%)" in sure.strongest
+    assert sure.interval.endswith("16 blocks of query positions), 1 to 1 of 72 heads pass.")
+    assert sure.heads == (("text", 2, 2),)
+    assert sure.counts == (1, 0, 0)
+    unsure = finding(interval_data(0.2), "first_token")
+    assert not unsure.strong
+    assert unsure.interval.endswith("0 to 1 of 72 heads pass.")
+    assert summarise(interval_data(0.2)).verdict.startswith(NONE_FOUND)
 
 
 def test_other_heads_than_those_found_do_not_count_as_staying():

@@ -92,7 +92,7 @@ function besideFigure(stats, name) {
     values.push({ title: stat.title, at: (cell.values - low) / (high - low), which: "This head", says: stat.title + ": " + number(cell.values, stat.unit) + ", lowest head " + number(low, stat.unit) + ", highest " + number(high, stat.unit) });
   }
   const y = { field: "title", type: "nominal", sort: order, axis: { title: null, ticks: false, domain: false, grid: false, labelLimit: 220 } };
-  const x = { field: "at", type: "quantitative", scale: { domain: [0, 1] }, axis: { title: "lowest head → highest head", values: [], grid: false } };
+  const x = { field: "at", type: "quantitative", scale: { domain: [-0.03, 1.03], nice: false }, axis: { title: "lowest head → highest head", values: [], grid: false } };
   return draw(document.querySelector("[data-chart='beside']"), {
     title: name + " among all heads", width: "container", height: Math.max(2, order.length) * 22, data: { values },
     layer: [
