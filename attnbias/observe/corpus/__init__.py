@@ -9,7 +9,7 @@ from attnbias.observe.corpus.documents import Corpus, Document, of, read
 from attnbias.observe.corpus.estimate import Estimate
 from attnbias.observe.corpus.folder import Record
 from attnbias.observe.corpus.merge import each, load
-from attnbias.observe.corpus.run import DEFAULT, run
+from attnbias.observe.corpus.running import DEFAULT, run
 from attnbias.observe.corpus.table import CorpusRow, CorpusTable
 
 __all__ = [

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from attnbias.errors import AttnbiasError
 
 SCHEMA = "attnbias.corpus/1"
@@ -45,10 +47,15 @@ class Record:
 
 
 class Folder:
-    """A folder of journals whose settings are known to be ours."""
+    """A folder of journals whose settings are known to be ours.
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
+    Attributes:
+        threads: of PyTorch, of the process that began; all others take as many, since sums of
+            several threads are added in another order than those of one.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], threads: int) -> None:
+        self.path, self.settings, self.threads = path, settings, threads
         self.key = _key(settings)
 
     def parts(self) -> list[Path]:
@@ -122,9 +129,8 @@ def begin(path: Path, settings: dict[str, Any]) -> Folder:
                 raise AttnbiasError(
                     f"{path} holds {strange[0]!r} and no {HEADER}; name a new or empty folder."
                 )
-            write_whole(
-                header, json.dumps({"schema": SCHEMA, "settings": settings}, indent=1) + "\n"
-            )
+            whole = {"schema": SCHEMA, "threads": torch.get_num_threads(), "settings": settings}
+            write_whole(header, json.dumps(whole, indent=1) + "\n")
         found = opened(path)
     except OSError as error:
         raise AttnbiasError(f"{path} cannot be written: {error.strerror}.") from error
@@ -153,9 +159,11 @@ def opened(path: Path) -> Folder:
         raise AttnbiasError(f"{header} cannot be read: {error.strerror}.") from error
     except ValueError:
         found = None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    parts = {} if not isinstance(found, dict) else found
+    threads = parts.get("threads")
+    if parts.get("schema") != SCHEMA or "settings" not in parts or not isinstance(threads, int):
         raise AttnbiasError(f"{header} is not a header of the schema {SCHEMA}.")
-    return Folder(path, found["settings"])
+    return Folder(path, parts["settings"], threads)
 
 
 class Journal:

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from attnbias.observe.sampling import generator
+
 INTERVALS = ("t", "bootstrap")
 REPLICATES = 1000
 
@@ -91,8 +93,8 @@ class BootstrapMeans(Means):
             setattr(self, name, torch.nn.functional.pad(old, (0, 0, 0, size - len(old))))
 
     def _more(self, document: int, values: Tensor, here: Tensor) -> None:
-        generator = torch.Generator().manual_seed((self.seed << 40) + document)
-        times = torch.poisson(torch.ones(self.replicates, dtype=torch.float64), generator)
+        ones = torch.ones(self.replicates, dtype=torch.float64)
+        times = torch.poisson(ones, generator(self.seed, document))
         self._weight += here[:, None] * times
         self._sum += torch.where(here, values, 0.0)[:, None] * times
 

@@ -1,170 +1,29 @@
-"""A corpus run: one document after the other, each on disk before the next."""
+"""What is done with each document of a corpus, and the settings that say so."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import importlib.metadata
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from attnbias import native
 from attnbias.errors import AttnbiasError
 from attnbias.observe.corpus.documents import Corpus
 from attnbias.observe.corpus.estimate import Estimate, estimate
-from attnbias.observe.corpus.folder import Folder, Journal, Record, begin
-from attnbias.observe.corpus.merge import check_interval, merged
-from attnbias.observe.corpus.processes import Processes, processes
+from attnbias.observe.corpus.folder import Record
 from attnbias.observe.observer import check_spans, choose, observe
-from attnbias.observe.registry import resolve
-from attnbias.observe.statistics import Distance, Entropy, FirstToken, Received, SinkRate
+from attnbias.observe.sampling import Sampler, check_sampled, generator
 
 if TYPE_CHECKING:
-    from attnbias.observe.corpus.table import CorpusTable
     from attnbias.observe.statistic import Statistic
 
-DEFAULT = (Received("queries"), Entropy(), FirstToken(), SinkRate(), Distance())
 
-Say = Callable[[str], None]
-
-
-def run(
-    model: nn.Module,
-    tokenizer: Any,
-    corpus: Corpus,
-    statistics: Any = DEFAULT,
-    *,
-    out: str | os.PathLike[str],
-    layers: str | Iterable[int] | Mapping[str, Iterable[int]] = "all",
-    spans: Mapping[str, Any] | None = None,
-    max_tokens: int | None = None,
-    queries: int | None = None,
-    seed: int = 0,
-    name: str = "",
-    identity: str = "",
-    confidence: float = 0.95,
-    interval: str = "t",
-    progress: bool = False,
-    say: Say | None = None,
-) -> CorpusTable | None:
-    """Statistics of the attention of a model over a corpus, as means over its documents.
-
-    Each document is one forward of its own under `observe` (so its numbers do not depend on its
-    neighbours) and one line of a journal in the folder `out`, on disk before the next begins. A run
-    that was stopped, by Ctrl-C or by a kill, goes on with the same call: nothing is lost but the
-    document under way, and nothing is counted twice. Under ``torchrun`` each process takes the
-    documents whose index modulo the number of processes is its rank; another number of processes
-    may go on. Process 0 waits for the others, reads all journals and adds in the order of the
-    documents: the same numbers to the last bit for any number of processes and any interruption,
-    as long as a forward gives the same numbers (same machine kind, torch and number of threads;
-    ``torchrun`` sets one thread a process).
-
-    Processes on several machines need one folder that all of them see. Where they have none, run
-    with ``out`` of their own, copy all ``part-*.jsonl`` into one folder and run there once more: it
-    only adds up.
-
-    Args:
-        model: a text encoder or decoder that `support` says can be observed. tokenizer: its own.
-        corpus: from `corpus.read` or `corpus.of`.
-        statistics: as `observe` takes them.
-        out: the folder, new, empty or of a run with the same settings.
-        layers, spans: as `observe` takes them; the same for all documents.
-        max_tokens: use the first so many tokens of each document; without it a document that is
-            longer than the model accepts is refused before anything runs.
-        queries: sample so many queries of each call, as `observe` does. seed: of that; each
-            document draws its own.
-        name, identity: of the model and of its weights, for the header.
-        confidence, interval: of the intervals, see `load`; they can be chosen again at any time.
-        progress: a bar on standard error. say: gets a sentence before the run begins, with an
-            estimate of the time it will take.
-
-    Returns:
-        The table, in process 0; None in the others.
-
-    Raises:
-        AttnbiasError: bad arguments, a folder with other settings, a document too long.
-        Refused: a model that cannot be observed.
-    """
-    check_interval(confidence, interval)
-    found = resolve(statistics)
-    with processes() as group:
-        with _told(group):
-            work = _Work(model, tokenizer, corpus, found, layers, spans, max_tokens, queries, seed)
-            settings = work.settings(name, identity)
-            if group.rank == 0:
-                begin(Path(out), settings)
-        with _told(group):
-            folder = begin(Path(out), settings)
-            done = folder.index()
-            mine = [n for n in range(group.rank, len(corpus), group.size) if n not in done]
-            lengths = work.lengths(mine)
-        with _told(group):
-            _measure_all(work, folder, group, mine, lengths, len(done), progress, say)
-        if group.rank:
-            return None
-        missing = sorted(set(range(len(corpus))) - folder.index().keys())
-        if missing:
-            raise AttnbiasError(
-                f"{folder.path} lacks {len(missing)} documents that other processes have measured "
-                f"(the first has index {missing[0]}): copy their part-*.jsonl into it and run "
-                "again, which only adds up."
-            )
-        return merged(folder, confidence=confidence, interval=interval)
-
-
-@contextmanager
-def _told(group: Processes) -> Iterator[None]:
-    """A step that all processes end together; the problem of one is told to all."""
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        problem = error
-    group.agree(problem)
-
-
-def _measure_all(
-    work: _Work,
-    folder: Folder,
-    group: Processes,
-    mine: list[int],
-    lengths: list[int],
-    done: int,
-    progress: bool,
-    say: Say | None,
-) -> None:
-    about = {"threads": torch.get_num_threads(), "torch": torch.__version__, "of": group.size}
-    journal = Journal(folder, group.rank, about)
-    try:
-        if say is not None:
-            own = work.estimate(mine[lengths.index(max(lengths))]).total(lengths) if mine else 0.0
-            waits = group.shared((own, len(mine), sum(lengths)))
-            if group.rank == 0:
-                say(_announced(waits, done, group.size))
-        with _bar(sum(lengths), progress and group.rank == 0) as tick:
-            for index, tokens in zip(mine, lengths, strict=True):
-                journal.add(work.record(index))
-                tick(tokens)
-    finally:
-        journal.close()
-
-
-def _announced(waits: list[tuple[float, int, int]], done: int, size: int) -> str:
-    from attnbias.observe.corpus.estimate import spoken
-
-    documents, tokens = (sum(wait[n] for wait in waits) for n in (1, 2))
-    if not documents:
-        return f"all {done} documents have been measured; adding up"
-    before = f" ({done} are done)" if done else ""
-    by = f" by {size} processes" if size > 1 else ""
-    time = spoken(max(wait[0] for wait in waits))
-    return f"{documents:,} documents{before}, {tokens:,} tokens{by}: {time}"
-
-
-class _Work:
+class Work:
     """What is done with each document, and the settings that say so."""
 
     def __init__(
@@ -191,6 +50,9 @@ class _Work:
                     f"{statistic.label} needs targets, which differ from document to document; "
                     "observe them one by one with observe(..., targets=...)."
                 )
+        if queries is not None:
+            Sampler(queries, seed)  # refuses what is no number of queries
+            check_sampled(statistics)
         self.device = runs_on(model)
         found = sites(model)
         self.sites = found if layers == "all" else sorted(choose(found, layers), key=found.index)
@@ -203,9 +65,12 @@ class _Work:
 
     def settings(self, name: str, identity: str) -> dict[str, Any]:
         """All that the numbers depend on, as JSON has it."""
-        from attnbias import __version__
-
         weight = next(self.model.parameters())
+        software = {
+            name: importlib.metadata.version(name)
+            for name in ("attnbias", "torch", "transformers", "numba")
+            if name != "numba" or native.available()
+        }
         return {
             "model": name, "weights": identity, "architecture": type(self.model).__name__,
             "dtype": str(weight.dtype).removeprefix("torch."), "device": self.device.type,
@@ -220,7 +85,7 @@ class _Work:
             ],
             "layers": [[site.tower, site.layer] for site in self.sites],
             "spans": _jsonable(self.spans), "max_tokens": self.max_tokens,
-            "queries": self.queries, "seed": self.seed, "version": __version__,
+            "queries": self.queries, "seed": self.seed, "software": software,
         }  # fmt: skip
 
     def ids(self, index: int) -> Tensor:
@@ -248,7 +113,7 @@ class _Work:
         """One forward under `observe`."""
         more: dict[str, Any] = {}
         if self.queries is not None:
-            more = {"queries": self.queries, "seed": (self.seed << 32) + index}
+            more = {"queries": self.queries, "seed": _seed(self.seed, index)}
         with (
             torch.no_grad(),
             observe(
@@ -276,6 +141,11 @@ class _Work:
         """From pieces of the longest document."""
         with _evaluating(self.model):
             return estimate(lambda ids: self.seen(ids, longest).table(), self.ids(longest))
+
+
+def _seed(seed: int, index: int) -> int:
+    """A seed of its own for each document, whoever measures it."""
+    return int(torch.randint(1 << 62, (1,), generator=generator(seed, index)))
 
 
 def _by_tower(sites: list[Any]) -> dict[str, list[int]]:
@@ -339,17 +209,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(v) for v in value]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    if not show:
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
-        yield lambda tokens: bar.advance(task, tokens)
