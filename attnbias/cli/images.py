@@ -87,23 +87,26 @@ def see(
     """Every part of the page that the model and its input have."""
     from attnbias import __version__
     from attnbias.hub.device import runs_on
-    from attnbias.report.looking import SEED, see_image, see_modalities
+    from attnbias.report.looking import SEED, see_image
+    from attnbias.report.modalities import see_image_in_text, see_modalities
     from attnbias.report.towers import ImageSeen, ModalitySeen, TowersSeen
 
     device = runs_on(model)
     given = {key: value.to(device) for key, value in inputs.items()}
     parts: list[ImageSeen | ModalitySeen] = []
-    notes = []
+    notes: list[tuple[str, str]] = []
+    drawn = {"processor": processor, "layers": layers, "name": image}
+    makers: list[Any] = [see_image]
     if kind == "image-text":
         parts.append(see_modalities(model, given, layers=layers))
-    try:
-        parts.insert(
-            0, see_image(model, given, processor=processor, layers=layers, name=image)
-        )  # fmt: skip
-    except Refused as error:
-        if not parts:
-            raise
-        notes.append(("Not drawn over the image", str(error)))
+        makers.append(see_image_in_text)
+    for maker in makers:
+        try:
+            parts.append(maker(model, given, **drawn))
+        except Refused as error:
+            notes.append(("Not drawn over the image", str(error)))
+    if not parts:
+        raise Refused(notes[0][1])
     controls = f"patches shuffled and weights drawn with seed {SEED}"
     return TowersSeen(
         name, revision, type(model).__name__, __version__, tuple(parts),

@@ -22,6 +22,12 @@ from attnbias.report.towers import CONTROLS, FOLLOWED, RANDOM, SHUFFLED, ImageSe
 WIDTH = 480
 """Pixels of the longer side of the image in a figure."""
 LISTED = 5
+LARGEST = 30
+"""Radius in pixels of the largest disc, where patches are large."""
+STRONG, OVER = 2.0, 1.5
+"""A patch stands out from so many times the even share, and so many times random weights."""
+ALIKE = 0.5
+"""Correlation from which two figures are called alike."""
 EDGE, SIDE, FOOT = 30, 230, 16
 # Viridis at nine even steps: ordered in lightness, for any colour vision and in grey.
 SHADES = (
@@ -79,7 +85,7 @@ def svg(
     high, wide = seen.picture.pixels.shape[:2]
     scale = WIDTH / max(high, wide)
     width, height = wide * scale, high * scale
-    cell = min(width / columns, height / rows)
+    cell = min(width / columns, height / rows, 2.0 * LARGEST)
     top = max(float(values.nan_to_num(0.0).max()), 1e-12)
     title = f"{surface.title}, {which(layer, head)}"
     most = highest(values)
@@ -203,6 +209,35 @@ def says(surface: Surface, layer: int | None = None, head: int | None = None) ->
             f"when each patch is followed to its new place, {here:+.2f} place by place."
         )
     return text
+
+
+def verdict(surface: Surface) -> str:
+    """One sentence on the mean over all heads: whether a patch stands out, and what it follows.
+
+    "No strong bias found" where the highest patch receives under twice the even share, or under 1.5
+    times what the highest patch receives with random weights.
+    """
+    own = highest(surface.mean(), 1)[0]
+    least = f"no patch receives {STRONG:g} times the even share"
+    if own.value < STRONG:
+        return f"No strong bias found: {least} (the highest is at {own})."
+    if RANDOM in surface.controls:
+        other = highest(surface.mean(control=RANDOM), 1)[0]
+        if own.value < OVER * other.value:
+            return (
+                f"No strong bias found: the highest patch is at {own}, and with random weights "
+                f"it is at {other}."
+            )
+    if SHUFFLED not in surface.controls:
+        return f"A patch stands out at {own}; the controls were left out."
+    place = correlation(surface.mean(), surface.mean(control=SHUFFLED))
+    patch = correlation(surface.mean(), surface.mean(control=FOLLOWED))
+    numbers = f"{patch:+.2f} patch by patch and {place:+.2f} place by place, once they are shuffled"
+    if place >= ALIKE and place > patch:
+        return f"A bias to a place in the image, strongest at {own} (correlation {numbers})."
+    if patch >= ALIKE:
+        return f"Attention follows what the patches show, most at {own} (correlation {numbers})."
+    return f"A patch stands out at {own}, by neither place nor content alone ({numbers})."
 
 
 def _control(surface: Surface, name: str, layer: int | None, head: int | None) -> Tensor:

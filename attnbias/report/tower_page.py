@@ -84,7 +84,7 @@ def findings(seen: TowersSeen) -> list[str]:
         if isinstance(part, ImageSeen):
             found += [
                 f"{one.title} ({part.tower} tower, mean of all layers and heads): "
-                f"{overlay.says(one)}"
+                f"{overlay.verdict(one)} {overlay.says(one)}"
                 for one in part.surfaces
             ]
         if isinstance(part, CrossSeen):
