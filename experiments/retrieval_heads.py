@@ -75,4 +75,5 @@ EXPERIMENT = Experiment(
     ),
     control="Three of the other five heads masked in the same way, the mean over ten draws.",
     measure=measure,
+    seeds=(0, 1, 2),
 )
