@@ -84,8 +84,8 @@ EXPERIMENT = Experiment(
     work="typoglycemia-attention",
     claim=(
         "How near the state of a scrambled word comes to that of the intact one depends on the "
-        "word form: in all-MiniLM-L6-v2, on stretches of plays, the spread of SemRecScore (mean of the "
-        "layers) over scrambling a quarter to all of the inner letters."
+        "word form: in all-MiniLM-L6-v2, on stretches of plays, the spread of SemRecScore (mean "
+        "of the layers) over scrambling a quarter to all of the inner letters."
     ),
     control=(
         "The spread of SemRecScore over the context: none, half or all of the other words blanked, "
