@@ -70,7 +70,7 @@ def interval_data(low: float) -> ReportData:
     return even_data(maps=(one, *rest), blocks=16)
 
 
-def test_a_head_counts_as_strong_with_the_whole_of_its_interval():
+def test_a_head_counts_as_strong_with_all_of_its_interval():
     sure = finding(interval_data(0.33), "first_token")
     assert sure.strong
     assert "40% (95% interval 33% to 50%; even: 7.7%)" in sure.strongest
