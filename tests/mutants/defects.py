@@ -910,4 +910,35 @@ DEFECTS: tuple[Defect, ...] = (
         "sure, some = found, found",
         ("tests/report/test_summary.py::test_a_head_counts_as_strong_with_all_of_its_interval",),
     ),
+    Defect(
+        "sink-metric-cut-by-slot",
+        "attnbias/measures/sink_metric.py",
+        "kept = mask * (mask.cumsum(-1) <= length)",
+        "kept = mask * (torch.ones_like(mask).cumsum(-1) <= length)",
+        ("tests/measures/test_sink_metric.py::test_padding_does_not_move_the_cut",),
+    ),
+    Defect(
+        "massive-by-size-alone",
+        "attnbias/measures/massive_activations.py",
+        "return (state.abs() > size) & (state.abs() >= ratio * median)",
+        "return state.abs() > size",
+        ("tests/measures/test_massive_activations.py::test_both_thresholds_count",),
+    ),
+    Defect(
+        "rescaled-whatever-the-direction",
+        "attnbias/measures/secondary_sinks.py",
+        "chosen = (along & (site.positions >= self.skip))[..., None] & (size > 0)",
+        "chosen = (site.positions >= self.skip)[..., None] & (size > 0)",
+        (
+            "tests/measures/test_secondary_sinks.py"
+            "::test_rescaling_removes_them_and_leaves_the_rest",
+        ),
+    ),
+    Defect(
+        "frame-of-a-decoder-held-against-an-encoder",
+        "attnbias/measures/reference_frame.py",
+        "sees = sees.tril() if causal else sees",
+        "sees = sees.clone()",
+        ("tests/measures/test_reference_frame.py::test_a_short_text_can_have_an_anchor_too",),
+    ),
 )
