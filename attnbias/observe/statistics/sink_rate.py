@@ -31,8 +31,11 @@ class SinkRate(Statistic):
         threshold: above it a head counts as a sink; between 0 and 1.
         token: absolute position of the token, 0 for the first real token of the row.
 
+    The source's metric also cuts every text to its first 64 tokens and reads Sink_k for each k;
+    `measures.SinkMetric` does both.
+
     Source: Gu et al., "When Attention Sink Emerges in Language Models: An Empirical View", 2024
-    (arXiv 2410.10781); threshold 0.3 and the first token are its choice.
+    (arXiv 2410.10781); threshold 0.3 and the first token are its choice; authors' code read.
     """
 
     name: ClassVar[str] = "sink_rate"
