@@ -102,7 +102,7 @@ def _runs(slots: list[int]) -> Iterator[tuple[int, int]]:
 
 
 class Part:
-    """What a `Scene` reads of a call, at chosen query slots: element b has those of row `owner[b]`."""
+    """What a `Scene` reads of a call, at chosen query slots: element b is of row `owner[b]`."""
 
     def __init__(self, call: Call, slots: Tensor, owner: Tensor) -> None:
         at = slots.clamp_min(0)

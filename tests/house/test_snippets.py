@@ -15,6 +15,7 @@ from tests.hub.test_images import subject
 
 PAGES = ["README.md"]
 PAGES += [f"docs/{name}.md" for name in ("quickstart", "hub", "observe", "steer", "writing_rules")]
+PAGES += ["docs/observe_corpus.md"]
 
 
 def blocks(page: str) -> list[str]:
@@ -44,6 +45,7 @@ def test_python_blocks_run(
     }  # fmt: skip
     names["vlm"].generation_config.max_new_tokens = 4
     picture().save(tmp_path / "cat.png")
+    (tmp_path / "texts.jsonl").write_text('{"text": "One day."}\n{"text": "A dog ran to Tim."}\n')
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert blocks(page)
     for block in blocks(page):

@@ -27,10 +27,13 @@ SAMPLED = [one for one in every() if one.sampled is not False]
 
 
 def seen_of(
-    call: FakeCall, statistics: Any, queries: int | None, seed: int = 0, extra: Any = None
-) -> Seen:
+    call: FakeCall, statistics: Any, queries: int | None, seed: int = 0, extra: Any = None,
+    fused: bool = True,
+) -> Seen:  # fmt: skip
     sampler = None if queries is None else Sampler(queries, seed)
-    observer = Observer(statistics, spans=spans_for(call), targets=TARGETS, sampler=sampler)
+    observer = Observer(
+        statistics, spans=spans_for(call), targets=TARGETS, sampler=sampler, fused=fused
+    )
     observer.few = 0
     observer.see(call, extra, call.query, None)  # type: ignore[arg-type]
     return observer.seen
@@ -206,6 +209,35 @@ def test_means_are_unbiased_and_the_error_covers() -> None:
     size = errors.square().mean(0).sqrt() / spread
     assert 0.8 < float(size.median()) < 1.6
     assert float(size.max()) < 2.2
+
+
+@pytest.mark.slow
+def test_the_coverage_that_the_page_states(root: Path) -> None:
+    """docs/observe_corpus.md: shares of exact values within two standard errors."""
+    lines = (root / "docs" / "observe_corpus.md").read_text("utf-8").splitlines()
+    stated = {
+        cells[0].strip(): [float(cell) for cell in cells[1:4]]
+        for cells in (line.strip("|").split("|") for line in lines)
+        if len(cells) == 4 and cells[1].strip().startswith("0.")
+    }
+    names = {
+        "entropy": "entropy", "mean distance": "distance", "largest weight": "peak[weight]",
+        "first token": "first_token", "previous token": "offset",
+    }  # fmt: skip
+    assert set(stated) == set(names)
+    call = random_call(queries=300, size=16, heads=4, groups=2, sharp=0.5)
+    kinds = [s.Entropy(), s.Distance(), s.Peak(), s.FirstToken(), s.Offset()]
+    exact = seen_of(call, kinds, None).table()
+    for column, queries in enumerate((16, 40, 120)):
+        inside: dict[str, list[bool]] = {}
+        for seed in range(120):
+            found = seen_of(call, kinds, queries, seed, fused=False).table()
+            for want, got in zip(exact, found, strict=True):
+                near = abs(got.value - want.value) <= 2 * (got.error or 0.0)
+                inside.setdefault(got.statistic, []).append(near)
+        for name, label in names.items():
+            share = sum(inside[label]) / len(inside[label])
+            assert share == pytest.approx(stated[name][column], abs=0.02), (name, queries)
 
 
 def test_the_error_shrinks_with_the_sample_and_ends_at_zero() -> None:
