@@ -86,7 +86,9 @@ class InductionHeads(HeadMeasure):
 
     def probes(self, model: nn.Module) -> tuple[Tensor, Tensor, int]:
         """The probes and the controls ``(count, tokens)``, and where their lists begin."""
-        source = drawer(model, self.tokens, self.first, 1 + self.length * self.repeats, "Induction")
+        source = drawer(
+            model, self.tokens, self.first, 1 + self.length * self.repeats, "InductionHeads"
+        )
         lists = source.lists(self.count * self.repeats, self.length, self.seed)
         fresh = lists.reshape(self.count, self.repeats * self.length)
         again = fresh[:, : self.length].repeat(1, self.repeats)
