@@ -941,4 +941,40 @@ DEFECTS: tuple[Defect, ...] = (
         "sees = sees.clone()",
         ("tests/measures/test_reference_frame.py::test_a_short_text_can_have_an_anchor_too",),
     ),
+    # Retrieval
+    Defect(
+        "copies-of-another-token",
+        "attnbias/measures/retrieval_heads.py",
+        "hit = inside & (tokens[at.clamp(0, len(tokens) - 1)] == said)",
+        "hit = inside",
+        ("tests/measures/test_retrieval_heads.py::TestRetrievalHeads::test_equals_the_dense_route",),
+    ),
+    Defect(
+        "bulk-by-its-mean-alone",
+        "attnbias/measures/adaptive_heads.py",
+        "log = mean + spread.clamp_min(0) / 2",
+        "log = mean",
+        ("tests/measures/test_adaptive_heads.py::test_the_bulk_of_normal_keys_is_estimated",),
+    ),
+    Defect(
+        "influence-in-nats",
+        "attnbias/measures/attention_influence.py",
+        "return (self.masked - self.plain) / self.plain",
+        "return self.masked - self.plain",
+        ("tests/measures/test_attention_influence.py::TestAttentionInfluence",),
+    ),
+    Defect(
+        "credit-for-bad-answers",
+        "attnbias/measures/preplan_anchor.py",
+        "torch.where(advantages >= 0, advantages * gamma, advantages)",
+        "advantages * gamma",
+        ("tests/measures/test_preplan_anchor.py::test_credit_by_hand",),
+    ),
+    Defect(
+        "far-keys-nearer-than-the-window",
+        "attnbias/observe/statistics/windowed_distance.py",
+        "near + self.window * self._far(scene)",
+        "near + (self.window - 1) * self._far(scene)",
+        ("tests/observe/test_rhythm_statistics.py::test_known_maps",),
+    ),
 )
