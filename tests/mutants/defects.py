@@ -947,7 +947,9 @@ DEFECTS: tuple[Defect, ...] = (
         "attnbias/measures/retrieval_heads.py",
         "hit = inside & (tokens[at.clamp(0, len(tokens) - 1)] == said)",
         "hit = inside",
-        ("tests/measures/test_retrieval_heads.py::TestRetrievalHeads::test_equals_the_dense_route",),
+        (
+            "tests/measures/test_retrieval_heads.py::TestRetrievalHeads::test_equals_the_dense_route",
+        ),
     ),
     Defect(
         "bulk-by-its-mean-alone",
