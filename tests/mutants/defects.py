@@ -979,4 +979,33 @@ DEFECTS: tuple[Defect, ...] = (
         "near + (self.window - 1) * self._far(scene)",
         ("tests/observe/test_rhythm_statistics.py::test_known_maps",),
     ),
+    # A sample of the queries, a corpus
+    Defect(
+        "ring-begins-at-the-first-query",
+        "attnbias/observe/sampling.py",
+        "at = (at + int(draw(1) * size)) % size",
+        "at = at % size",
+        ("tests/observe/test_sampling.py::test_every_query_is_drawn_equally_often",),
+    ),
+    Defect(
+        "sample-not-scaled-up",
+        "attnbias/observe/sampling.py",
+        "found = (slots, size / taken, (1",
+        "found = (slots, taken / taken, (1",
+        ("tests/observe/test_sampling.py::test_sums_over_queries_are_those_drawn_scaled_up",),
+    ),
+    Defect(
+        "torn-line-kept",
+        "attnbias/observe/corpus/folder.py",
+        "os.ftruncate(self._file, whole)",
+        "pass",
+        ("tests/observe/corpus/test_folder.py::test_a_torn_last_line_is_dropped_and_written_over",),
+    ),
+    Defect(
+        "added-in-the-order-of-journals",
+        "attnbias/observe/corpus/folder.py",
+        "in sorted(self.index().items()):",
+        "in self.index().items():",
+        ("tests/observe/corpus/test_folder.py::test_records_come_in_the_order_of_documents",),
+    ),
 )
