@@ -123,6 +123,12 @@ class ImageSeen:
     surfaces: tuple[Surface, ...]
     numbers: tuple[Numbers, ...] = ()
 
+    def _repr_html_(self) -> str:
+        """The figures over the image, in a notebook."""
+        from attnbias.report.overlay import fragment
+
+        return "".join(fragment(self, surface.key) for surface in self.surfaces)
+
 
 @dataclass(frozen=True)
 class ModalitySeen:

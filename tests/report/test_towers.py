@@ -281,6 +281,7 @@ def test_png_and_fragment() -> None:
     seen = made()
     assert overlay.png(seen).startswith(b"\x89PNG")
     piece = overlay.fragment(seen, "received", 0)
+    assert overlay.fragment(seen) in seen._repr_html_()
     cells = [float(x) for x in re.findall(r"<td>([\d.]+)</td>", piece)]
     want = seen.surfaces[0].mean(0).flatten().tolist()
     assert cells == pytest.approx(want, abs=0.006)
@@ -450,3 +451,35 @@ def test_the_command_writes_a_page_over_the_image(
     ):
         assert main(wrong) == 2
         assert says in capsys.readouterr().err
+
+
+def test_the_command_on_a_model_of_images_and_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from attnbias.cli import main
+    from tests.hub import processors
+
+    subject, processor = models.MAKERS["llava"](), processors.processor("llava")
+    number = processor.tokenizer.convert_tokens_to_ids("<image>")
+    subject.model.config.image_token_id = subject.model.config.image_token_index = number
+    subject.model.save_pretrained(tmp_path / "llava")
+    processor.save_pretrained(tmp_path / "llava")
+    processors.picture().save(tmp_path / "picture.png")
+    (tmp_path / "question.txt").write_text("what is in the picture ?")
+    out = tmp_path / "out.json"
+    capsys.readouterr()
+    code = main([
+        "observe", str(tmp_path / "llava"), "--image", str(tmp_path / "picture.png"),
+        "--text", str(tmp_path / "question.txt"), "--json", str(out), "--layers", "0,1",
+    ])  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    data = json.loads(out.read_text())
+    assert [one["tower"] for one in data["surfaces"]] == ["vision", "vision", "text"]
+    rows = [one for one in data["heads"] if one["statistic"].startswith("last->")]
+    shares: dict[tuple[int, int], float] = {}
+    for one in rows:
+        if one["of"] == "this input":
+            key = (one["layer"], one["head"])
+            shares[key] = shares.get(key, 0.0) + one["value"]
+    assert set(shares) == {(layer, head) for layer in (0, 1) for head in range(4)}
+    assert list(shares.values()) == pytest.approx([1.0] * 8, abs=1e-5)
