@@ -89,6 +89,7 @@ class Session:
         self._frames: list[tuple[int, bool]] = []
         self._maps_asked = False
         self._verified: dict[Site, str] = {}
+        self.kept: dict[Any, Any] = {}  # what calls have found out about this model
         self._undo: list[Callable[[], None]] = []
 
     # Entry and exit --------------------------------------------------------------------------

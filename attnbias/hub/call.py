@@ -122,13 +122,16 @@ class Call:
         found = None if "plain" in self._cache else plain_rows(self, rows)
         return self.plain_again()[:, list(rows)] if found is None else found
 
-    def plain_where(self, needed: Tensor) -> Tensor:
+    def plain_where(self, needed: Tensor, *, fresh: bool = False) -> Tensor:
         """`plain`, bit for bit where `needed` ``(batch, heads, queries)``; anything elsewhere.
 
-        Less is computed where the operator allows it: see `stock.plain_part`.
+        Less is computed where the operator allows it: see `stock.plain_part`. fresh: a tensor of
+        the caller's own, to be written into.
         """
         found = None if "plain" in self._cache else plain_part(self, needed)
-        return self.plain() if found is None else found
+        if found is None:
+            return self.plain().clone() if fresh else self.plain()
+        return found
 
     def stock_with(self, tensors: tuple[Tensor, Tensor, Tensor], mask: Any, **more: Any) -> Tensor:
         """The model's own function on other tensors."""
@@ -197,6 +200,21 @@ class Call:
             self._cache["bias"] = add(*terms) if terms else None
         bias: Bias | None = self._cache["bias"]
         return bias
+
+    @property
+    def shared(self) -> dict[Any, Any] | None:
+        """What is kept for all calls of this forward with the same mask; None without a request."""
+        return self._mask.kept if isinstance(self._mask, MaskRequest) else None
+
+    @property
+    def padded(self) -> bool:
+        """Whether a key or query may be padding (or no token yet), found once in a forward."""
+        kept = self.shared
+        if kept is None or self.site.kind == "cross":
+            return True
+        if "padded" not in kept:
+            kept["padded"] = bool((self.key_positions < 0).any() | (self.query_positions < 0).any())
+        return bool(kept["padded"])
 
     def argument(self, name: str) -> Any:
         """A keyword argument that the model gave its attention function, None where it did not."""

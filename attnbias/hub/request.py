@@ -69,6 +69,7 @@ class MaskRequest:
         }
         self._stock_of = stock
         self._cache: dict[Any, Any] = {}
+        self.kept: dict[Any, Any] = {}  # what the calls of a forward share
         position: Tensor | None = self.arguments.get("cache_position")
         if position is not None:
             position = position.clone()

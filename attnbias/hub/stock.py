@@ -69,15 +69,18 @@ def shared_flash(call: Call) -> tuple[Tensor, Tensor] | None:
     return out.transpose(1, 2).contiguous(), lse
 
 
-def is_shared(call: Call) -> bool:
-    """Whether stock attention ends in the CPU operator with these very tensors."""
+def is_shared(call: Call, least: int = 2) -> bool:
+    """Whether stock attention ends in the CPU operator with these very tensors.
+
+    least: how many queries there must be; for a single one versions differ in how they group heads.
+    """
     query, key, value = call.query, call.key, call.value
     tensors = (query, key, value)
     return not (
         call.original != "sdpa"
         or not _is_stock_sdpa(call)
         or call.dropout > 0
-        or query.shape[2] < 2
+        or query.shape[2] < least
         or 0 in (*query.shape, *key.shape)
         or key.shape[-1] != value.shape[-1]
         or query.shape[0] != key.shape[0]
@@ -215,7 +218,7 @@ def _is_stock_sdpa(call: Call) -> bool:
 def _mask_of(call: Call) -> tuple[Tensor | None, bool] | None:
     """``(mask, causal)`` for the operator, which aligns `causal` to the start."""
     queries, keys = call.query.shape[2], call.key.shape[2]
-    causal, padding, rest = _split(call.bias)
+    causal, padding, rest = split_bias(call.bias)
     if rest or (causal is not None and (causal.offset != 0 or queries != keys)):
         # Before an empty static cache some versions cut the keys and some take another kernel.
         return _float_mask(call)
@@ -225,7 +228,8 @@ def _mask_of(call: Call) -> tuple[Tensor | None, bool] | None:
     return mask, causal is not None
 
 
-def _split(bias: Bias | None) -> tuple[Window | None, Padding | None, list[Bias]]:
+def split_bias(bias: Bias | None) -> tuple[Window | None, Padding | None, list[Bias]]:
+    """The causal mask, the padding and the rest of a call's bias."""
     causal, padding, rest = None, None, []
     for term in [] if bias is None else bias.terms():
         if isinstance(term, Window) and term.before is None and term.after == 0:

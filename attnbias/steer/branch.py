@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError, Refused
-from attnbias.steer.engine import Memory
-from attnbias.steer.record import MEDIA, Record
+from attnbias.steer.edit import Memory
+from attnbias.steer.record import MEDIA, Record, arguments, names_of
 from attnbias.steer.spans import Spans
 from attnbias.steer.trimming import compact as compacted
 from attnbias.steer.trimming import last, pick, shortened
@@ -215,8 +214,7 @@ class Lane:
         method = getattr(self._rule, self._branch.embeds or "")
 
         def rewrite(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            names = list(inspect.signature(module.forward).parameters)
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = arguments(module, args, kwargs)
             embeds = given.get("inputs_embeds")
             if embeds is None:
                 embeds = self._embed(given["input_ids"])
@@ -255,7 +253,7 @@ class Lane:
 
     def _accepts(self, name: str) -> bool:
         owner = self._owners[0]
-        return name in inspect.signature(owner.forward).parameters
+        return name in names_of(owner)
 
     @contextmanager
     def _own_attributes(self) -> Iterator[None]:

@@ -37,6 +37,7 @@ class Editing:
         self._towers: set[str] = set()  # those that the forward has called
         self.drops: Dropping | None = None  # which tokens layers run on
         self._ran = False
+        self._acting: dict[Any, tuple[Active, ...]] = {}
 
     def begin_forward(self, forward: int) -> None:
         """What was looked at belongs to one forward; what is frozen stays.
@@ -82,8 +83,14 @@ class Editing:
             )
             warnings.warn(f"{rule!r} changed nothing: {reason}.", UserWarning, stacklevel=4)
 
-    def active(self, call: Call, only: int | None = None) -> Iterator[Active]:
+    def active(self, call: Call, only: int | None = None) -> tuple[Active, ...]:
         """The rules that act at this call, or only the rule of that number."""
+        place = (call.site, call.phase, call.query.shape[1], self.spans, only)
+        if place not in self._acting:
+            self._acting[place] = tuple(self._active(call, only))
+        return self._acting[place]
+
+    def _active(self, call: Call, only: int | None) -> Iterator[Active]:
         site, total = call.site, call.query.shape[1]
         entries = zip(self.rules, self.effects, self.memories, strict=True)
         for number, (rule, effects, memory) in enumerate(entries):

@@ -6,32 +6,27 @@ order given (an outer context first), each seeing the shares after the one befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attnbias.attention import attention, merge
-from attnbias.bias import Bias, add
+from attnbias.bias import Bias
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.steer import extra
-from attnbias.steer.extra import Extra
-from attnbias.steer.partial import Groups, by_rows, few, split
-from attnbias.steer.placing import place, reach, take
-from attnbias.steer.rule import Rule
-from attnbias.steer.shares import NO_MASS, Fold, log_ratio, on_heads, repeat
-from attnbias.steer.site import SiteCall
-from attnbias.steer.spans import Spans
+from attnbias.steer.edit import EVERY, Active, Edit, Edited, Memory
+from attnbias.steer.groups import Groups
+from attnbias.steer.lines import few
+from attnbias.steer.placing import reach
+from attnbias.steer.reallocating import reallocate
+from attnbias.steer.shift import shift
 
 if TYPE_CHECKING:
-    from attnbias.hub import Call, Site
-    from attnbias.steer.branch import Lane
+    from attnbias.hub import Call
 
 _SKIP = True
-EVERY = slice(None)
 
 
 @contextmanager
@@ -45,154 +40,6 @@ def never_skip() -> Iterator[None]:
         _SKIP = True
 
 
-@dataclass
-class Memory:
-    """What one rule keeps between calls.
-
-    frozen: by (site, name), with the batch it was made for; made anew in every prefill call.
-    looked: by site, what `look` returned in the forward that runs.
-    state: what the rule's `decode` has put there for its other hooks.
-    branch: gives the rule's branches by name; None inside a branch.
-    inside: the name of the branch whose calls the rule looks at, empty outside of its own.
-    """
-
-    frozen: dict[Any, Any] = field(default_factory=dict)
-    looked: dict[Site, Any] = field(default_factory=dict)
-    state: dict[Any, Any] = field(default_factory=dict)
-    branch: Callable[[str], Lane] | None = None
-    inside: str = ""
-
-
-@dataclass(frozen=True)
-class Active:
-    """A rule that acts at this call, with its heads and spans, and what became of it so far.
-
-    effects: "changed" once a hook gave an edit, "idle" where it had none to give, "missed" where
-    its bias was zero everywhere (none of its keys was there).
-    """
-
-    rule: Rule
-    heads: tuple[int, ...]
-    spans: Spans
-    effects: set[str]
-    memory: Memory
-    looks_only: bool = False  # in a branch of its own
-
-    def uses(self, hook: str) -> bool:
-        return (hook == "look" or not self.looks_only) and self.rule.uses(hook)
-
-    def site(self, edit: Edit) -> SiteCall:
-        return SiteCall(edit, self.heads, self.spans, self.memory)
-
-
-class Edited(NamedTuple):
-    """What came of a call.
-
-    Attributes:
-        output: ``(batch, queries, heads, value size)``, None for the plain output.
-        extra: the sum of the edits as a log-bias on all heads, None where there is none.
-        call: the call as those who look must see it, with edited queries, keys and values.
-        unseen: why nobody can look at this call, empty where they can.
-    """
-
-    output: Tensor | None
-    extra: Bias | None
-    call: Call
-    unseen: str = ""
-
-
-class Edit:
-    """The edit in the making: the summed bias on all heads, and the rows that it changes."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.query, self.key, self.value = call.query, call.key, call.value
-        self.extras: list[Extra] = []
-        batch, heads, queries, _ = call.query.shape
-        self.shape = (batch, heads, queries, call.key.shape[2])
-        self.biases: Bias | None = None
-        self.folds: list[Fold] = []
-        # The groups of the one reallocation, and the shares that it gave them.
-        self.apart: tuple[Groups, Tensor] | None = None
-        self.touched = torch.zeros(
-            batch, heads, queries, dtype=torch.bool, device=call.query.device
-        )
-
-    def add(self, bias: Bias, heads: Sequence[int]) -> None:
-        placed = place(bias, heads, self.shape[1])
-        self.biases = placed if self.biases is None else add(self.biases, placed)
-
-    @property
-    def total(self) -> Bias | None:
-        """The whole edit as a log-bias on all heads."""
-        parts = [place(fold.bias(), fold.heads, self.shape[1]) for fold in self.folds]
-        parts = [*([] if self.biases is None else [self.biases]), *parts]
-        return add(*parts) if parts else None
-
-    def seen(self) -> tuple[Call, str]:
-        """The call with the edited vectors, and why nobody can look at it (or nothing)."""
-        call = self.call
-        if any(new is not old for new, old in ((self.query, call.query), (self.key, call.key))):
-            call = call.with_vectors(self.query, self.key, self.value)
-        why = f"{call.site} sees keys that a rule adds, which statistics cannot show."
-        return call, why if self.extras else ""
-
-    def mark(self, rows: Tensor, heads: Sequence[int]) -> None:
-        index = torch.tensor(heads, device=self.touched.device)
-        kept = self.touched.index_select(1, index) | rows
-        self.touched = self.touched.index_copy(1, index, kept)
-
-    def attend(
-        self, heads: Sequence[int], values: Tensor | None = None, rows: slice = EVERY
-    ) -> Tensor:
-        """Attention of some heads under the edit so far, with the model's values or others.
-
-        Args:
-            rows: only these queries.
-            values: ``(batch | 1, 1 | heads, keys, size)`` instead of the model's, in float32
-                (float64): the attention is then computed in that format, whatever the model's is.
-        """
-        call = self.call
-        query, key, value = on_heads(self, heads)
-        query = query[:, :, rows]
-        kind = query.dtype if values is None else values.dtype
-        device = query.device.type
-        if values is None and torch.is_autocast_enabled(device) and kind != torch.float64:
-            kind = torch.get_autocast_dtype(device)
-        if few(self):
-            return by_rows(self, heads, values, kind)[:, :, rows]
-        query, key = query.to(kind), key.to(kind)
-        if values is None:
-            value = value.to(kind)
-        else:
-            if values.shape[1] > 1:
-                key = repeat(key, len(heads))
-            value = values.expand(query.shape[0], key.shape[1], -1, -1)
-        plain_query = query
-        for fold in self.folds:
-            part = Fold(fold.table[:, :, rows], fold.groups, fold.heads)
-            query, key, value = part.apply(query, key, value, heads, call.scale)
-        terms = [b for b in (call.bias, self.biases) if b is not None]
-        bias = add(*(take(b, heads, self.shape[1]) for b in terms)) if terms else None
-        if bias is not None and rows != EVERY:
-            bias = bias[..., rows, :]
-        sink = None if call.sink is None else call.sink[list(heads)]
-        with torch.autocast(device, enabled=False):
-            if not self.extras:
-                out = attention(query, key, value, bias=bias, scale=call.scale, sink=sink)
-                assert isinstance(out, Tensor)
-                return out
-            own = attention(
-                query, key, value, bias=bias, scale=call.scale, sink=sink, return_lse=True
-            )
-            assert isinstance(own, tuple)
-            parts = [own]
-            for more in self.extras:
-                masses = values is not None
-                parts.append(more.attend(plain_query, value, heads, call.scale, masses))
-            return merge(parts)[0]
-
-
 def edited(call: Call, active: Sequence[Active]) -> Edited:
     """What becomes of one call under the rules.
 
@@ -204,29 +51,14 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
         if item.uses("vectors"):
             extra.apply(edit, item)
     for item in active:
-        if not item.uses("bias"):
-            continue
-        bias = item.rule.bias(item.site(edit))
-        if bias is None:
-            item.effects.add("idle")
-            continue
-        _check_bias(bias, item, edit)
-        edit.add(bias, item.heads)
-        if "changed" not in item.effects:
-            parts = bias.parameters()
-            some = not parts or any(bool((part != 0).any()) for part in parts)
-            item.effects.add("changed" if some else "missed")
-    if edit.biases is not None:
-        reached = reach(edit.biases, call.bias, edit.shape)
-        edit.touched = edit.touched | reached.to(edit.touched.device)
-    for item in active:
-        if item.uses("reallocate"):
-            _reallocate(edit, item)
-    if not _SKIP:
-        for item in active:
-            edit.mark(torch.ones_like(edit.touched[:, :1]), item.heads)
-    edit.touched = edit.touched & (call.query_positions >= 0)[:, None, :]
-    output = _output(edit) if bool(edit.touched.any()) else None
+        if item.uses("bias"):
+            _bias(edit, item)
+    moves = [item for item in active if item.uses("reallocate")]
+    short = shift(edit) if _SKIP and not moves else None
+    if short is not None:
+        some, output = short
+    else:
+        some, output = _long(edit, active, moves)
     for item in active:
         if item.uses("outputs"):
             output = _outputs(edit, item, output)
@@ -241,34 +73,90 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
             item.effects.add("idle" if found is None else "changed")
             if found is not None:
                 item.memory.looked[call.site] = found
-    return Edited(output, edit.total if bool(edit.touched.any()) else None, *edit.seen())
+    watched = any(one.role == "see" for one in call.session.participants)
+    return Edited(output, edit.total if some and watched else None, *edit.seen())
+
+
+def _bias(edit: Edit, item: Active) -> None:
+    bias = item.rule.bias(item.site(edit))
+    if bias is None:
+        item.effects.add("idle")
+        return
+    _check_bias(bias, item, edit)
+    edit.add(bias, item.heads)
+    if "changed" not in item.effects:
+        parts = bias.parameters()
+        some = not parts or any(bool((part != 0).any()) for part in parts)
+        item.effects.add("changed" if some else "missed")
+
+
+def _long(
+    edit: Edit, active: Sequence[Active], moves: Sequence[Active]
+) -> tuple[bool, Tensor | None]:
+    """Whether a row is changed, and the output; rows are told apart one by one."""
+    call = edit.call
+    if edit.biases is not None:
+        reached = reach(edit.biases, call.bias, edit.shape)
+        edit.touched = edit.touched | reached.to(edit.touched.device)
+    for item in moves:
+        reallocate(edit, item)
+    if not _SKIP:
+        for item in active:
+            edit.mark(torch.ones_like(edit.touched[:, :1]), item.heads)
+    if call.padded:
+        edit.touched = edit.touched & (call.query_positions >= 0)[:, None, :]
+    if few(edit) and bool(edit.touched.all()):
+        return True, edit.attend(range(edit.shape[1])).transpose(1, 2).contiguous()
+    some = bool(edit.touched.any())
+    return some, _output(edit) if some else None
 
 
 def _output(edit: Edit) -> Tensor:
-    call = edit.call
-    everywhere = edit.touched.any(2).any(0)
-    heads = everywhere.nonzero()[:, 0].tolist()
-    if bool(edit.touched.all()):
-        return _attended(edit, heads, EVERY).contiguous()
-    rows = _rows(edit.touched)
-    out = _attended(edit, heads, rows)
-    plain = call.plain_where(~edit.touched)
+    call, touched = edit.call, edit.touched
+    heads = touched.any(2).any(0).nonzero()[:, 0].tolist()
+    if edit.apart is not None and set(heads) <= set(edit.apart[0].heads):
+        groups, shares = edit.apart
+        if groups.plain is not None and _SKIP:
+            out = groups.plain.clone()
+            groups.write(out, shares)
+            return out
+        if not bool(touched[:, :, : groups.first].any()):
+            return _written(edit, groups, shares)
+    if bool(touched.all()):
+        return edit.attend(heads).transpose(1, 2).contiguous()
+    rows = _rows(touched)
+    out = edit.attend(heads, rows=rows).transpose(1, 2)
+    return _joined(call.plain_where(~touched), out, touched, heads, rows)
+
+
+def _written(edit: Edit, groups: Groups, shares: Tensor) -> Tensor:
+    """Groups that were computed apart, and the plain output where nothing is changed."""
+    first, touched = groups.first, edit.touched
+    later = touched[:, :, first:]
+    if bool(later.all()):
+        out = edit.call.plain_where(~touched, fresh=True)
+        groups.write(out, shares)
+        return out
+    batch, heads, queries, _ = edit.query.shape
+    out = edit.query.new_empty(batch, queries, heads, edit.value.shape[-1])
+    groups.write(out, shares)
+    rows, every = slice(first, queries), list(groups.heads)
+    some = out[:, rows] if len(every) == heads else out[:, rows, every]
+    return _joined(edit.call.plain_where(~touched), some, touched, every, rows)
+
+
+def _joined(
+    plain: Tensor, out: Tensor, touched: Tensor, heads: Sequence[int], rows: slice
+) -> Tensor:
+    """The plain output with some rows of some heads in it where they are touched."""
     index = torch.tensor(heads, device=plain.device)
-    chosen = edit.touched[:, :, rows].index_select(1, index).transpose(1, 2)[..., None]
+    chosen = touched[:, :, rows].index_select(1, index).transpose(1, 2)[..., None]
     some = plain[:, rows]
     kept = torch.where(chosen, out.to(plain.dtype), some.index_select(2, index))
     some = some.index_copy(2, index, kept)
     if rows == EVERY:
         return some
     return torch.cat([plain[:, : rows.start], some, plain[:, rows.stop :]], 1)
-
-
-def _attended(edit: Edit, heads: Sequence[int], rows: slice) -> Tensor:
-    """The edited attention ``(batch, rows, heads, value size)``."""
-    if edit.apart is not None and set(heads) <= set(edit.apart[0].heads):
-        groups, shares = edit.apart
-        return groups.output(heads, shares)[:, :, rows].transpose(1, 2)
-    return edit.attend(heads, rows=rows).transpose(1, 2)
 
 
 def _rows(touched: Tensor) -> slice:
@@ -300,55 +188,6 @@ def _outputs(edit: Edit, item: Active, output: Tensor | None) -> Tensor | None:
     return before.index_copy(2, index, new.to(before.dtype).transpose(1, 2))
 
 
-def _reallocate(edit: Edit, item: Active) -> None:
-    site = item.site(edit)
-    groups = item.rule.groups(site)
-    if groups is None:
-        item.effects.add("idle")
-        return
-    name = type(item.rule).__name__
-    want = (site.shape[0], site.shape[1], site.shape[3])
-    fits = (
-        isinstance(groups, Tensor)
-        and not groups.is_floating_point()
-        and groups.ndim == 3
-        and all(a in (1, b) for a, b in zip(groups.shape[:2], want[:2], strict=True))
-        and groups.shape[2] == want[2]
-    )
-    if not fits:
-        got = tuple(groups.shape) if isinstance(groups, Tensor) else type(groups).__name__
-        raise AttnbiasError(
-            f"{name}.groups must return integers that fit (batch, heads, keys) = {want}, got {got}."
-        )
-    count = item.rule.group_count(site, groups)
-    if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
-        raise AttnbiasError(
-            f"{name}.groups must hold numbers from 0 to {count - 1}, got {int(groups.min())} to "
-            f"{int(groups.max())}."
-        )
-    kind = site.dtype
-    apart = split(edit, item.heads, groups, count)
-    if apart is None:
-        columns = torch.nn.functional.one_hot(groups.long(), count).to(kind)
-        old = edit.attend(item.heads, columns)
-    else:
-        old = apart.masses.to(kind)
-    old = torch.where(old < NO_MASS[kind], 0.0, old)
-    new = item.rule.reallocate(site, old)
-    if new is None:
-        item.effects.add("idle")
-        return
-    real = (edit.call.query_positions >= 0)[:, None, :, None]
-    new = torch.where(real, new.to(old.dtype).expand_as(old), old)
-    table = log_ratio(old, new, name)
-    changed = (table.detach() != 0).any(-1)
-    item.effects.add("changed" if bool(changed.any()) else "missed")
-    if bool(changed.any()):
-        edit.folds.append(Fold(table, groups, item.heads))
-        edit.apart = None if apart is None else (apart, new)
-        edit.mark(changed, item.heads)
-
-
 def _check_bias(bias: Any, item: Active, edit: Edit) -> None:
     name = type(item.rule).__name__
     if not isinstance(bias, Bias):
@@ -361,3 +200,6 @@ def _check_bias(bias: Any, item: Active, edit: Edit) -> None:
             f"{name}.bias must return a bias that fits (batch, heads, queries, keys) = {want}, got "
             f"{bias.shape}."
         )
+
+
+__all__ = ["Active", "Edit", "Edited", "Memory", "edited", "never_skip"]

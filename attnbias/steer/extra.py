@@ -16,7 +16,7 @@ from attnbias.steer.placing import gather
 from attnbias.steer.shares import repeat
 
 if TYPE_CHECKING:
-    from attnbias.steer.engine import Active, Edit
+    from attnbias.steer.edit import Active, Edit
 
 
 @dataclass(frozen=True)

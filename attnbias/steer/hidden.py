@@ -14,7 +14,7 @@ from attnbias.steer.spans import Keys, Spans
 
 if TYPE_CHECKING:
     from attnbias.hub import Site
-    from attnbias.steer.engine import Memory
+    from attnbias.steer.edit import Memory
 
 T = TypeVar("T")
 _NOWHERE = torch.empty(1, 0, dtype=torch.long)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from attnbias.steer.context import Editing
-from attnbias.steer.engine import Active, Memory
+from attnbias.steer.edit import Active, Memory
 
 if TYPE_CHECKING:
     from attnbias.hub import Call
@@ -28,7 +27,9 @@ class Looking(Editing):
     def begin_forward(self, forward: int) -> None:
         self.memory.looked.clear()
 
-    def active(self, call: Call, only: int | None = None) -> Iterator[Active]:
-        for item in self._editing.active(call, self._number):
-            if item.rule.uses("look"):
-                yield Active(item.rule, item.heads, self.spans, set(), self.memory, True)
+    def active(self, call: Call, only: int | None = None) -> tuple[Active, ...]:
+        return tuple(
+            Active(item.rule, item.heads, self.spans, set(), self.memory, True)
+            for item in self._editing.active(call, self._number)
+            if item.rule.uses("look")
+        )

@@ -15,7 +15,7 @@ from attnbias.steer.caches import State, copied, cropped, detached, light, repea
 
 if TYPE_CHECKING:
     from attnbias.hub import Site
-    from attnbias.steer.engine import Memory
+    from attnbias.steer.edit import Memory
 
 
 class Loop:

@@ -16,7 +16,7 @@ from attnbias.steer.shares import on_heads
 
 if TYPE_CHECKING:
     from attnbias.observe.scene import Scene
-    from attnbias.steer.engine import Edit
+    from attnbias.steer.edit import Edit
 
 Rows = Tensor | slice | None  # queries: their numbers (batch, count), a slice, or all
 
@@ -74,8 +74,13 @@ def scene(edit: Edit, heads: Sequence[int]) -> Scene:
         query_positions=call.query_positions,
         key_positions=call.key_positions,
     )
-    extra = edit.total
-    return Scene(view, None if extra is None else take(extra, heads, edit.shape[1]))
+    extra, lse = edit.total, None
+    grad = any(one.requires_grad for one in (call.query, call.key, call.value))
+    if extra is None and edit.vectors_stay and query.shape[2] > 1 and not grad:
+        lse = call.plain_with_lse()[1]  # the plain output is wanted in any case
+        if lse is not None and len(heads) < lse.shape[1]:
+            lse = lse.index_select(1, torch.tensor(heads, device=lse.device))
+    return Scene(view, None if extra is None else take(extra, heads, edit.shape[1]), lse)
 
 
 def picked(tensor: Tensor, rows: Rows) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -170,8 +171,20 @@ def _part(chunk: Chunk, part: slice) -> Chunk:
 
 def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A forward's arguments by name."""
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(names_of(module), args, strict=False)), **kwargs}
+
+
+def names_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's forward."""
+    own = getattr(module.forward, "__func__", None)
+    # The first is the module itself. What is no method may hold anything: it is not kept.
+    found = inspect.signature(module.forward).parameters if own is None else _names(own)[1:]
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def chunk_of(given: Mapping[str, Any]) -> Chunk | None:

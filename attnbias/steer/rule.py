@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +127,13 @@ class Rule(ABC):
         """How many groups `masses` has; by default one more than the largest number present."""
         return int(groups.max()) + 1 if groups.numel() else 1
 
+    def queries(self, site: SiteCall) -> Tensor | None:
+        """The queries that `reallocate` may change: bool ``(batch | 1, queries)``; None for all.
+
+        Rows before the first of them need not be computed: `masses` may be 0 there.
+        """
+        return None
+
     def reallocate(self, site: SiteCall, masses: Tensor) -> Tensor | None:
         """New shares of attention per group, or None to leave everything as it is.
 
@@ -207,7 +215,7 @@ class Rule(ABC):
 
     def uses(self, hook: str) -> bool:
         """Whether the rule's class implements a hook."""
-        return getattr(type(self), hook) is not getattr(Rule, hook)
+        return implements(type(self), hook)
 
     def heads_at(self, layer: int) -> Literal["all"] | tuple[int, ...]:
         """The heads of one layer, sorted, without repeats."""
@@ -239,6 +247,12 @@ class Rule(ABC):
         """Every layer number that the rule names."""
         pairs = [] if self.heads == "all" else [h[0] for h in self.heads if isinstance(h, tuple)]
         return set(pairs) | (set() if self.layers == "all" else set(self.layers))
+
+
+@functools.cache
+def implements(kind: type[Rule], hook: str) -> bool:
+    """Whether a class of rules implements a hook."""
+    return getattr(kind, hook) is not getattr(Rule, hook)
 
 
 def is_number(value: object) -> bool:

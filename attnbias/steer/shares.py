@@ -19,7 +19,7 @@ from attnbias.steer.placing import gather
 
 if TYPE_CHECKING:
     from attnbias.hub import Call
-    from attnbias.steer.engine import Edit
+    from attnbias.steer.edit import Edit
 
 TOLERANCE = 1e-4  # how far returned shares may miss the total of their row
 # Below this a share has lost its digits (float32 ends at 1e-38), and counts as none.
@@ -99,20 +99,26 @@ def log_ratio(old: Tensor, new: Tensor, name: str) -> Tensor:
             for a group that has no mass (none of its keys is visible there).
     """
     with torch.no_grad():
-        if not bool(torch.isfinite(new).all()) or bool((new < 0).any()):
-            raise AttnbiasError(f"{name}.reallocate returned a share below 0 or not finite.")
-        if bool(((new > 0) & (old <= 0)).any()):
-            raise AttnbiasError(
-                f"{name}.reallocate gives attention to a group that has none: a group whose keys "
-                "are all hidden from a query cannot receive; return such rows unchanged."
-            )
-        miss = float((new.sum(-1) - old.sum(-1)).abs().max()) if new.numel() else 0.0
-        if miss > TOLERANCE:
-            raise AttnbiasError(
-                f"{name}.reallocate must keep the total of each row, got one that is off by "
-                f"{miss:.2g}."
-            )
+        miss = (new.sum(-1) - old.sum(-1)).abs()
+        good = (new >= 0) & ((old > 0) | (new <= 0)) & (new < torch.inf)
+        if not bool(good.all() & (miss <= TOLERANCE).all()):
+            _refuse(old, new, miss, name)
     # Logarithms first: the ratio itself may overflow. Equal shares give exactly 0.
     some = torch.where(old > 0, new, 1.0)
     log_new = torch.where(some > 0, torch.where(some > 0, some, 1.0).log(), -torch.inf)
     return log_new - torch.where(old > 0, old, 1.0).log()
+
+
+def _refuse(old: Tensor, new: Tensor, miss: Tensor, name: str) -> None:
+    """Say what is wrong with shares."""
+    if not bool(torch.isfinite(new).all()) or bool((new < 0).any()):
+        raise AttnbiasError(f"{name}.reallocate returned a share below 0 or not finite.")
+    if bool(((new > 0) & (old <= 0)).any()):
+        raise AttnbiasError(
+            f"{name}.reallocate gives attention to a group that has none: a group whose keys "
+            "are all hidden from a query cannot receive; return such rows unchanged."
+        )
+    raise AttnbiasError(
+        f"{name}.reallocate must keep the total of each row, got one that is off by "
+        f"{float(miss.max()):.2g}."
+    )

@@ -17,7 +17,7 @@ from attnbias.steer.spans import FIRST, Keys, Spans
 if TYPE_CHECKING:
     from attnbias.hub import Site
     from attnbias.steer.branch import Lane
-    from attnbias.steer.engine import Edit, Memory
+    from attnbias.steer.edit import Edit, Memory
 
 T = TypeVar("T")
 
@@ -83,14 +83,16 @@ class SiteCall:
     def where(self, keys: Keys) -> Tensor:
         """Which keys are chosen: bool ``(batch | 1, keys)``. Padding is never chosen.
 
+        One tensor for all layers of a forward: not to be written into.
+
         Raises:
             Refused: "first" where attention runs in segments: each has a first token of its own.
         """
-        return self.chosen(keys, self.key_positions)
+        return self._once("keys", keys, self.key_positions)
 
     def where_queries(self, keys: Keys) -> Tensor:
         """Which queries stand on chosen positions: bool ``(batch | 1, queries)``."""
-        return self.chosen(keys, self.query_positions)
+        return self._once("queries", keys, self.query_positions)
 
     def among(self, keys: Keys, positions: Tensor) -> Tensor:
         """Which of some token positions ``(batch | 1, any)`` are chosen, in the cache or not."""
@@ -106,6 +108,17 @@ class SiteCall:
         real = (self.query_positions >= 0).expand(self.shape[0], -1)
         order = torch.arange(real.shape[1], device=real.device)
         return torch.where(real, order, 0).amax(-1)
+
+    def _once(self, kind: str, keys: Keys, positions: Tensor) -> Tensor:
+        """`chosen`, found once for all layers of a forward."""
+        kept = self._call.shared
+        if kept is None or self.site.kind == "cross":
+            return self.chosen(keys, positions)
+        place = (kind, self._spans, keys, self.shape[0], self.device)
+        found: Tensor | None = kept.get(place)
+        if found is None:
+            found = kept[place] = self.chosen(keys, positions)
+        return found
 
     def chosen(self, keys: Keys, positions: Tensor) -> Tensor:
         """Which of some token positions ``(batch | 1, count)`` are chosen, of the same shape."""

@@ -21,7 +21,7 @@ from attnbias.steer.spans import Keys, Spans
 if TYPE_CHECKING:
     from attnbias.hub import Session, Site
     from attnbias.steer.context import Editing
-    from attnbias.steer.engine import Memory
+    from attnbias.steer.edit import Memory
     from attnbias.steer.rule import Rule
 
 T = TypeVar("T")

@@ -132,7 +132,7 @@ def test_some_rows_by_the_models_own_function(padded: bool) -> None:
         found.append((part, call.plain_again()[:, list(rows)]))
         return part
 
-    rule = ab.rules.KeyShift(keys=[12], amount=1.0, heads="all")
+    rule = ab.rules.SplitSoftmax(power=0.5, keys=[12], phase="both", heads="all")
     with mock.patch("attnbias.hub.call.plain_rows", looked), ab.steer(model, rule):
         model(input_ids=ids, attention_mask=mask)
     assert found

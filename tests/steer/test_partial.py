@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import attnbias as ab
-from attnbias.steer import Rule, partial
+from attnbias.hub import attach
+from attnbias.steer import Rule, edit, lines, partial
+from tests.cases.rule import Watch
 from tests.steer import models
 
 LENGTH = 40
@@ -36,6 +38,9 @@ class Moved(Rule):
             "scattered": (places % 2 == 0),
             "own": places < 0,
             "rows differ": (places >= 5) & (places < 17),
+            "late": (places >= 5) & (places < 17),
+            "mixed": (places % 13 == 3),
+            "late holes": (places % 13 == 3),
         }[self.layout]
         found = found.expand(site.shape[0], n)
         if self.layout == "rows differ":
@@ -43,7 +48,13 @@ class Moved(Rule):
         if self.layout == "own":  # each head its own
             heads = torch.tensor(site.heads)[None, :, None]
             return ((places[:, None] + 3 * heads) % 13 == 3).long().expand(site.shape[0], -1, n)
+        if self.layout == "mixed":  # and a stretch, where the last group is
+            return torch.where((places >= 20) & (places < 29) & ~found, 2, found.long())[:, None]
         return found.long()[:, None]
+
+    def queries(self, site: Any) -> Tensor | None:
+        order = torch.arange(site.shape[2])[None]
+        return order >= 20 if self.layout.startswith("late") else None
 
     def group_count(self, site: Any, groups: Tensor) -> int:
         return 3  # the last has no key
@@ -51,7 +62,9 @@ class Moved(Rule):
     def reallocate(self, site: Any, masses: Tensor) -> Tensor:
         rest, some, none = masses.unbind(-1)
         new = torch.stack([rest + some / 3, some * 2 / 3, none], -1)
-        return torch.where((masses[..., :2] > 0).all(-1, keepdim=True), new, masses)
+        new = torch.where((masses[..., :2] > 0).all(-1, keepdim=True), new, masses)
+        chosen = self.queries(site)
+        return new if chosen is None else torch.where(chosen[:, None, :, None], new, masses)
 
 
 @contextmanager
@@ -69,8 +82,8 @@ def routes(apart: bool) -> Iterator[list[Any]]:
         mock.patch.object(partial, "MANY", 1 if apart else 10**9),
         mock.patch.object(partial, "MANY_OWN", 1 if apart else 10**9),
         mock.patch.object(partial, "HOLES", 4),
-        mock.patch.object(partial, "FEW", 0),
-        mock.patch("attnbias.steer.engine.split", watched),
+        mock.patch.object(lines, "FEW", 0),
+        mock.patch("attnbias.steer.reallocating.split", watched),
     ):
         yield made
 
@@ -109,6 +122,67 @@ def test_both_routes_agree(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("layout", "beside"),
+    [
+        ("holes", True),
+        ("own", True),
+        ("mixed", True),
+        ("stretch", False),
+        ("two stretches", False),
+        ("rows differ", False),
+        ("late", False),
+        ("late holes", True),
+    ],
+)
+@pytest.mark.parametrize("heads", ["all", (1, 2)])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_beside_the_plain_output(
+    layout: str,
+    beside: bool,
+    heads: Any,
+    padding: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Also without the rows that cannot change, and with rows in which the base has little."""
+    subject = models.make("stories", request)
+    ids = models.tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    if padding != "none":
+        mask[1, slice(0, 7) if padding == "left" else slice(-7, None)] = 0
+    rule = Moved(layout=layout, heads=heads)
+    found: list[Tensor] = []
+    plain: list[tuple[Tensor, Tensor]] = []
+
+    def look(call: Any, extra: Any, output: Tensor) -> None:
+        if call.site.layer == 0:
+            plain.append((output, call.plain_again()))
+
+    for apart in (False, True):
+        with (
+            mock.patch.object(partial, "PREFIX", 1),
+            mock.patch.object(partial, "RUNS", 4 if beside else 8),
+            mock.patch.object(partial, "FEW_ROWS", 1),
+            routes(apart) as made,
+            ab.steer(subject.model, rule),
+            attach(subject.model, Watch(look)),
+        ):
+            found.append(subject.model(input_ids=ids, attention_mask=mask).logits)
+    assert all(one is not None and (one.plain is not None) == beside for one in made)
+    if layout.startswith("late"):
+        assert all(one.first == 20 for one in made)
+    real = mask.bool()
+    assert (found[0] - found[1])[real].abs().max() < 1.5e-5 * found[0][real].abs().max()
+    # What cannot change is the plain output, bit for bit.
+    alone = {"own": 0, "stretch": 5, "rows differ": 5, "two stretches": 2}.get(layout, 3)
+    alone = 20 if layout.startswith("late") else alone
+    assert len(plain) == 2
+    for output, own in plain:
+        assert torch.equal(output[0, :alone], own[0, :alone])
+        assert not torch.equal(output[0, alone:], own[0, alone:])
+
+
+@torch.no_grad()
 def test_keys_scattered_all_over_take_one_pass(
     request: pytest.FixtureRequest,
 ) -> None:
@@ -136,15 +210,15 @@ def test_decoded_tokens_row_by_row(name: str, heads: Any, request: pytest.Fixtur
     found = []
     for few in (0, 4):
         calls = []
-        real = partial.by_rows
+        real = lines.Lines
 
-        def watched(*given: Any, real: Any = real, calls: list[int] = calls) -> Tensor:
+        def watched(*given: Any, real: Any = real, calls: list[int] = calls) -> Any:
             calls.append(given[0].shape[2])
             return real(*given)
 
         with (
-            mock.patch.object(partial, "FEW", few),
-            mock.patch("attnbias.steer.engine.by_rows", watched),
+            mock.patch.object(lines, "FEW", few),
+            mock.patch.object(edit, "Lines", watched),
             ab.steer(subject.model, *rules),
         ):
             out = subject.model(input_ids=ids[:, :8], attention_mask=mask[:, :8], use_cache=True)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attnbias.bias import Bias, Bucketed
+from attnbias.bias import Bias, Bucketed, KeyBias
 from attnbias.errors import AttnbiasError
 from attnbias.steer.branch import Branch
 from attnbias.steer.by_position import at_positions, to_positions
@@ -153,6 +153,8 @@ class ALFAR(Rule):
             up = self.strength * weights * size
             down = -self.strength * self._similarity(site) * size
         edit = torch.where(image, down, up)
+        if site.shape[2] == 1:
+            return KeyBias(edit)
         table = torch.stack([torch.zeros_like(edit), edit], 2)
         numbers = torch.arange(site.shape[2], device=site.device)
         rows = (numbers == last).long()[:, None]

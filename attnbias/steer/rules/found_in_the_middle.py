@@ -120,6 +120,9 @@ class FoundInTheMiddle(Rule):
     def group_count(self, site: SiteCall, groups: Tensor) -> int:
         return 1 + len(self._measured().documents)
 
+    def queries(self, site: SiteCall) -> Tensor | None:
+        return self._rows(site, members(self._measured().documents, site))
+
     def reallocate(self, site: SiteCall, masses: Tensor) -> Tensor | None:
         if self.strength == 0:
             return None

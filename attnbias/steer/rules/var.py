@@ -143,14 +143,22 @@ class VAR(Rule):
     def group_count(self, site: SiteCall, groups: Tensor) -> int:
         return 4
 
+    def queries(self, site: SiteCall) -> Tensor:
+        """Those after the image."""
+        image = torch.where(site.where(self.image), site.key_positions, -1)
+        return site.query_positions > image.amax(-1, keepdim=True)
+
     def reallocate(self, site: SiteCall, masses: Tensor) -> Tensor | None:
         if self.p == 1 or self.phase not in ("both", site.phase):
             return None
         other, text, visual, rest = masses.unbind(-1)
         looks = visual + rest
-        image = torch.where(site.where(self.image), site.key_positions, -1)
-        after = (site.query_positions > image.amax(-1, keepdim=True))[:, None]
-        on = after & (looks >= self.summ) & (visual <= self.rho * looks) & (rest > 0)
+        on = (
+            self.queries(site)[:, None]
+            & (looks >= self.summ)
+            & (visual <= self.rho * looks)
+            & (rest > 0)
+        )
         on = on & self._some(site)
         freed = torch.where(on, (1 - self.p) * (text + visual), 0.0)
         text, visual = (torch.where(on, self.p * part, part) for part in (text, visual))
