@@ -14,6 +14,7 @@ from attnbias.measures.attention_probe import AttentionProbe
 from attnbias.measures.attention_progress import AttentionProgress
 from attnbias.measures.base import HeadMeasure, Measure
 from attnbias.measures.cmr import CMR
+from attnbias.measures.entity_awareness import EntityAwareness
 from attnbias.measures.episodic_memory import EpisodicMemory
 from attnbias.measures.head_distances import HeadDistances
 from attnbias.measures.head_importance import HeadAblation, HeadImportance
@@ -44,13 +45,14 @@ from attnbias.measures.word_form import WordForm
 from attnbias.measures.word_maps import WordMaps
 
 __all__ = [
+    "CMR",
     "AdaptiveHeads",
     "AdaptiveScores",
     "AttentionGradient",
     "AttentionInfluence",
     "AttentionProbe",
     "AttentionProgress",
-    "CMR",
+    "EntityAwareness",
     "EpisodicMemory",
     "HeadAblation",
     "HeadDistances",
