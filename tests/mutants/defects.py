@@ -1008,4 +1008,40 @@ DEFECTS: tuple[Defect, ...] = (
         "in self.index().items():",
         ("tests/observe/corpus/test_folder.py::test_records_come_in_the_order_of_documents",),
     ),
+    # Reading heads, words and places
+    Defect(
+        "importance-of-either-sign-cancels",
+        "attnbias/measures/head_importance.py",
+        "slope.detach().abs()",
+        "slope.detach()",
+        ("tests/measures/test_head_importance.py::TestNormalised::test_equals_the_dense_route",),
+    ),
+    Defect(
+        "loss-of-the-first-token-after-padding",
+        "attnbias/measures/losses.py",
+        "labels = labels.masked_fill(mask[:, :-1] == 0, -100)",
+        "pass",
+        ("tests/measures/test_head_importance.py::test_it_is_the_slope_of_the_loss",),
+    ),
+    Defect(
+        "head-kept-for-its-group-still-speaks",
+        "attnbias/measures/head_pruning.py",
+        "output.weight[:, head * size : (head + 1) * size] = 0",
+        "pass",
+        ("tests/measures/test_head_pruning.py::test_heads_gone_are_heads_gated",),
+    ),
+    Defect(
+        "attention-from-a-word-summed",
+        "attnbias/measures/word_maps.py",
+        "mean = belongs / belongs.sum(1, keepdim=True)",
+        "mean = belongs",
+        ("tests/measures/test_words.py::test_rows_of_word_maps_sum_to_one",),
+    ),
+    Defect(
+        "chance-deals-over-all-groups",
+        "attnbias/measures/position_curve.py",
+        "one = group if groups is not None else torch.zeros_like(group)",
+        "one = torch.zeros_like(group)",
+        ("tests/measures/test_position_sensitivity.py::test_chance_deals_within_groups",),
+    ),
 )
