@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnbias.report import overlay
 from attnbias.report.overlay import words
+from attnbias.report.pixels import thumbnail
 from attnbias.report.towers import (
     CONTROLS,
     CrossSeen,
@@ -167,7 +168,7 @@ def _layers(surface: Surface) -> Iterator[str]:
     for row, layer in enumerate(surface.layers):
         top = float(surface.values[row].nan_to_num(0.0).max())
         heads = "".join(
-            f'<figure><img alt="" src="{overlay.thumbnail(one, top)}"><figcaption>head {head}: '
+            f'<figure><img alt="" src="{thumbnail(one, top)}"><figcaption>head {head}: '
             f"{words(str(overlay.highest(one, 1)[0]))}</figcaption></figure>"
             for head, one in enumerate(surface.values[row])
             if not bool(one.isnan().all())
