@@ -148,8 +148,11 @@ def steer(
         prompt: what ``ab.prompt`` made: its spans are known (those of `spans` come first), and
             rules that measure each prompt (`Rule.prepare`) do so now.
 
-    Cost: one attention call on the chosen heads for any number of biases, and two more for each
-    reallocation; the plain call too where some rows are left alone.
+    Cost: biases per key and new queries ride in the model's own call (sdpa on CPU, without
+    gradients); the groups of a reallocation go over each key about once, beside the plain output
+    where all but one are few keys. Elsewhere one attention call on the chosen heads for any number
+    of biases, two more for each reallocation, and the plain call too where some rows are left
+    alone.
 
     Warns:
         UserWarning: at the end, for a rule that met none of its keys, layers or phase in any call.
