@@ -65,7 +65,7 @@ class Sweep:
         return torch.zeros(self.scene.batch, self.scene.heads, length, dtype=torch.float64)
 
     def _step(self, part: slice) -> int:
-        return max(COLUMNS, ROWS * COLUMNS // max(part.stop - part.start, 1))
+        return int(max(COLUMNS, ROWS * COLUMNS // max(part.stop - part.start, 1)))
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         """Heads and queries of the tiles: several heads at once where whole maps are small."""
