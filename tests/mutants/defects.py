@@ -1044,4 +1044,36 @@ DEFECTS: tuple[Defect, ...] = (
         "one = torch.zeros_like(group)",
         ("tests/measures/test_position_sensitivity.py::test_chance_deals_within_groups",),
     ),
+    # Images
+    Defect(
+        "aligned-maps-mirrored",
+        "attnbias/observe/statistics/aligned.py",
+        "key[:, None] - query[:, :, None]",
+        "query[:, :, None] - key[:, None]",
+        ("tests/observe/test_vision_statistics.py::test_planted_heads_give_their_offset",),
+    ),
+    Defect(
+        "given-by-all-queries",
+        "attnbias/observe/statistics/given.py",
+        "weight = torch.where(asks, -scene.lse, HIDDEN)",
+        "weight = torch.where(scene.counted, -scene.lse, HIDDEN)",
+        ("tests/observe/test_vision_statistics.py::TestGiven::test_equals_the_whole_map",),
+    ),
+    Defect(
+        "shuffled-patches-followed-backwards",
+        "attnbias/report/looking.py",
+        "found[FOLLOWED][..., order] = found[SHUFFLED].flatten(-2)",
+        "found[FOLLOWED] = found[SHUFFLED].flatten(-2)[..., order]",
+        ("tests/report/test_towers.py::test_controls_tell_content_from_place",),
+    ),
+    Defect(
+        "last-token-of-a-padded-row",
+        "attnbias/measures/visual_heads.py",
+        "== counts[:, None] - 1",
+        "== size - 1",
+        (
+            "tests/measures/test_vision.py::"
+            "test_visual_heads_take_spans_and_padding_on_both_sides",
+        ),
+    ),
 )
