@@ -110,11 +110,20 @@ class Part:
         place = at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
         self.site, self.scale, self.sink = call.site, call.scale, call.sink
         self.query = query.gather(2, place)
-        self.key, self.value = call.key[owner], call.value[owner]
+        self.key, self.value = _owned(call.key, owner), _owned(call.value, owner)
         self.bias = chosen(call.bias, slots, owner)
         positions = call.query_positions.expand(call.query.shape[0], -1)[owner].gather(1, at)
         self.query_positions = torch.where(slots >= 0, positions, -1)
         self.key_positions = call.key_positions.expand(call.query.shape[0], -1)[owner]
+
+
+def _owned(given: Tensor, owner: Tensor) -> Tensor:
+    """(elements, ...) rows of the batch; one row is seen as often as wanted, and not copied."""
+    if len(given) > 1:
+        return given[owner]
+    # A scene reads float32 or better, and a change of dtype after `expand` would copy.
+    wide = given if given.dtype == torch.float64 else given.float()
+    return wide.expand(len(owner), *given.shape[1:])
 
 
 def chosen(bias: Bias | None, slots: Tensor, owner: Tensor) -> Bias | None:
