@@ -23,7 +23,7 @@ LEFT_OUT = (
     "out",
     "dist",
     "build",
-    ".venv",
+    ".venv*",
     ".git",
 )
 
