@@ -111,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     print(told)
     if not quick:
         path = common.recorded_or_scratch("page.json", common.machine())
-        result = {"header": head, "load": load, "goal_s": SECONDS, "pages": pages}
+        result = {**head, "load": load, "goal_s": SECONDS, "pages": pages}
         common.write_result(path, result, told)
     return 0 if small and soon else 1
 
