@@ -25,6 +25,7 @@ ORDER = (
     "benchmarks.fold_precision",
     "benchmarks.stability",
     "benchmarks.observe",
+    "benchmarks.observe_peers",
     "benchmarks.steer",
     "benchmarks.page",
 )

@@ -35,6 +35,7 @@ MEMORY = 20 * 10**9
 REPEATS = 3
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
+PEERS = ROOT / ".venv-peers"
 WORKER = Path(__file__).with_name("observe_peer_worker.py")
 
 
@@ -147,13 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the results."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     made = argparse.ArgumentParser(prog=f"python -m {MODULE}")
-    made.add_argument("--environments", type=Path, required=True, metavar="DIR")
+    made.add_argument("--environments", type=Path, default=PEERS, metavar="DIR")
+    made.add_argument("--quick", action="store_true", help="512 tokens, written to out/ instead")
     made.add_argument("--only", type=int, nargs="+", metavar="N", help="only these lengths")
     args = made.parse_args(given)
-    if not DATA.is_dir():
-        print("shared data: no folder ../shared/data beside the repository", file=sys.stderr)
-        return 1
-    lengths = args.only or LENGTHS
+    if not DATA.is_dir() or not Path(python_of(OWN, args.environments)).is_file():
+        print(f"left out: needs ../shared/data and {args.environments} (make bench-peers makes it)")
+        return 0
+    lengths = args.only or (LENGTHS[:1] if args.quick else LENGTHS)
     started, begin = common.now(), time.perf_counter()
     total = len(lengths) * len(LINES)
     with common.progress("observe, beside peers", total) as advance:

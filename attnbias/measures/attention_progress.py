@@ -83,7 +83,7 @@ def _seen(
     model: nn.Module, forward: Mapping[str, Any], tower: str
 ) -> tuple[list[int], Tensor, Any, Tensor]:
     """Layers, scores ``(rows, layers, heads)``, output, and the slots of the answers."""
-    import attnbias as ab
+    from attnbias.observe import observe, statistics
 
     if CORRECT not in forward:
         raise AttnbiasError(
@@ -97,10 +97,10 @@ def _seen(
             f"correct must be whole numbers (tokens, T) or (rows, tokens, T), got {at.dtype} of "
             f"shape {tuple(at.shape)}."
         )
-    looks = [ab.statistics.At(CORRECT, count=at.shape[-1]), ab.statistics.Share(("all",))]
+    looks = [statistics.At(CORRECT, count=at.shape[-1]), statistics.Share(("all",))]
     numbers = {tower: [site.layer for site in sites(model) if site.tower == tower]}
     spans = {"all": (0, None)}
-    with ab.observe(model, looks, spans=spans, targets={CORRECT: at}, layers=numbers) as seen:
+    with observe(model, looks, spans=spans, targets={CORRECT: at}, layers=numbers) as seen:
         out = model(**inputs, output_hidden_states=True)
     named = seen.tensor(looks[0].label, tower)
     there = ~named.values[0].isnan().all(-1)  # (layers, rows, heads, queries)

@@ -84,14 +84,14 @@ class EpisodicMemory(HeadMeasure):
     def measure(
         self, model: nn.Module, data: Data | None = None, *, progress: bool = False
     ) -> Scores:
-        import attnbias as ab
+        from attnbias.observe import observe, statistics
 
         if data is not None:
             raise AttnbiasError("EpisodicMemory makes its own probes: leave data out.")
         tower = text_tower(model, "EpisodicMemory")
         probes, order, start = self.probes(model)
         width = 2 * self.lags + 1
-        looks = [ab.statistics.At("lag", count=width), ab.statistics.Given("second")]
+        looks = [statistics.At("lag", count=width), statistics.Given("second")]
         spans = {"second": (start + self.length, start + 2 * self.length)}
         lags: list[Tensor] = []
         serial: list[Tensor] = []
@@ -101,7 +101,7 @@ class EpisodicMemory(HeadMeasure):
             for at in steps:
                 rows = slice(at, at + _BATCH)
                 targets = {"lag": lag_targets(order[rows], start, self.lags)}
-                with ab.observe(model, looks, spans=spans, targets=targets) as seen:
+                with observe(model, looks, spans=spans, targets=targets) as seen:
                     out = model(input_ids=probes[rows])
                 shown = seen.tensor(looks[0].label, tower)
                 lags.append(shown.values[0].movedim(0, 1).nanmean(-2))

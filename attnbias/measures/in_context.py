@@ -229,9 +229,9 @@ def _ablated(
 
 
 def _head_counts(model: nn.Module, inputs: Mapping[str, Any], tower: str) -> dict[int, int]:
-    import attnbias as ab
+    from attnbias.observe import observe, statistics
 
-    with ab.observe(model, [ab.statistics.FirstToken()]) as seen:
+    with observe(model, [statistics.FirstToken()]) as seen:
         model(**inputs)
     sizes = {site: runs[-1].size()["heads"] for site, runs in seen._runs.items()}
     return {site.layer: sizes[site] for site in sites(model) if site.tower == tower}

@@ -114,12 +114,12 @@ def attention_at(
 
     NaN where no key is named; float64, on the CPU.
     """
-    import attnbias as ab
+    from attnbias.observe import observe, statistics
 
-    looks = [ab.statistics.At(name, count=at.shape[-1]) for name, at in targets.items()]
+    looks = [statistics.At(name, count=at.shape[-1]) for name, at in targets.items()]
     numbers = [site.layer for site in sites(model) if site.tower == tower]
     layers = {tower: numbers}
-    with torch.no_grad(), ab.observe(model, looks, targets=targets, layers=layers) as seen:
+    with torch.no_grad(), observe(model, looks, targets=targets, layers=layers) as seen:
         out = model(input_ids=ids)
     found = {}
     for look in looks:

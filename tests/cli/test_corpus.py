@@ -24,7 +24,7 @@ def texts(tmp_path: Path) -> Path:
 def test_the_table_and_its_files(
     stories: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow", reason="parquet: pyarrow is not installed")
     out = tmp_path / "run"
     given = ["observe", str(stories), "--corpus", str(texts), "--out", str(out), "--layers", "0,2"]
     assert main([*given, "--format", "csv, json,parquet", "--confidence", "0.9"]) == 0

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import attnbias as ab
-from docs import make_forms, make_rules, pictures
+from docs import make_forms, make_measures, make_rules, pictures
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "docs" / "structures"
@@ -148,3 +148,24 @@ def test_prices_on_the_pages_are_those_recorded() -> None:
     assert make_rules.price("ZeroTuning", failed) == "ZeroTuning: failed, no."
     assert "Not recorded" in make_rules.price("ZeroTuning", {})
     assert "No line" in make_rules.price("AdaTP", {})
+
+
+def test_the_pages_of_measures_are_current() -> None:
+    """Also after a measure, a statistic, a row or a recorded result has changed."""
+    made = make_measures.pages()
+    there = {page.name: page.read_text("utf-8") for page in make_measures.FOLDER.glob("*.md")}
+    old = sorted(name for name in made.keys() | there.keys() if made.get(name) != there.get(name))
+    assert not old, f"{old}: run `python docs/make_measures.py`"
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8")
+    assert make_measures.navigation(nav) == nav, "run `python docs/make_measures.py`"
+
+
+def test_a_page_of_a_measure_says_what_it_must() -> None:
+    for name, one in make_measures.measures().items():
+        text = (make_measures.FOLDER / make_measures.file_name(one)).read_text("utf-8")
+        formulas = (inspect.getdoc(getattr(ab.measures, name)) or "").count(".. math::")
+        assert text.count("```tex") == formulas, name
+        assert "**Source:**" in text, name
+        assert "**Cost:**" in text, name
+    page = (make_measures.FOLDER / "induction_heads.md").read_text("utf-8")
+    assert "gain over the control" in page

@@ -112,7 +112,7 @@ def test_the_sweep_in_many_tiles_and_threads() -> None:
     wanted = {"columns", "inner", "gap", "peak", "features"}
     feature = torch.randn(1, 5000, 3)
     if not fits(scene):
-        pytest.skip("numba: not installed (extra native)")
+        pytest.skip("compiled loops: the extra native is not installed")
     p = dense_of(call).p.nan_to_num(0.0)[..., 4300:, :]
     near = (torch.arange(4300, 5000)[:, None] - torch.arange(5000)).abs().double()
     threads = torch.get_num_threads()

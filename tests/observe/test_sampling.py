@@ -400,7 +400,7 @@ def test_files_gain_a_column_and_stay_readable(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet: pyarrow is not there")
     seen = seen_of(random_call(queries=100), [s.Entropy(), s.Received()], 20)
     seen.save(tmp_path / "t.parquet")
     read = parquet.read_table(tmp_path / "t.parquet")

@@ -110,7 +110,7 @@ def test_a_document_in_two_journals_counts_once(folder: Folder) -> None:
 
 
 def test_nobody_else_may_write_to_a_journal(folder: Folder) -> None:
-    pytest.importorskip("fcntl")
+    pytest.importorskip("fcntl", reason="file locks: the system has none")
     journal = Journal(folder, 0, {})
     with pytest.raises(AttnbiasError, match="is being written by another run"):
         Journal(folder, 0, {})

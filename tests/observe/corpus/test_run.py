@@ -224,7 +224,7 @@ def test_files(model: nn.Module, tokenizer: Any, texts: list[str], tmp_path: Pat
     frame = found.to_pandas()
     assert list(frame.columns) == list(COLUMNS)
     assert frame["mean"].tolist() == [row.mean for row in found]
-    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="parquet: pyarrow is not there")
     found.save(tmp_path / "t.parquet")
     read = parquet.read_table(tmp_path / "t.parquet")
     assert [tuple(row.values()) for row in read.to_pylist()] == list(found)
