@@ -131,7 +131,7 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     Defect(
         "first-token-is-slot-zero",
-        "attnbias/observe/scene.py",
+        "attnbias/observe/placed.py",
         "return torch.where(here.any(-1), slot, -1)",
         "return torch.full_like(slot, position)",
         (f"{STATISTICS}::TestFirstToken",),
@@ -1071,9 +1071,42 @@ DEFECTS: tuple[Defect, ...] = (
         "attnbias/measures/visual_heads.py",
         "== counts[:, None] - 1",
         "== size - 1",
-        (
-            "tests/measures/test_vision.py::"
-            "test_visual_heads_take_spans_and_padding_on_both_sides",
-        ),
+        ("tests/measures/test_vision.py::test_visual_heads_take_spans_and_padding_on_both_sides",),
+    ),
+    # The compiled sweep
+    Defect(
+        "sweep-sees-one-key-too-many",
+        "attnbias/native/sweep.py",
+        "last = max(min(i + band[1] + 1, width), first)",
+        "last = max(min(i + band[1] + 2, width), first)",
+        ("tests/observe/test_random.py::test_the_sweep_in_many_tiles_and_threads",),
+    ),
+    Defect(
+        "sweep-takes-the-key-heads-in-another-order",
+        "attnbias/observe/sweep.py",
+        "index = torch.arange(heads.start, heads.stop) // share",
+        "index = torch.arange(heads.start, heads.stop) % scene.groups",
+        ("tests/observe/test_random.py::test_the_compiled_sweep_agrees",),
+    ),
+    Defect(
+        "sweep-reads-the-bias-per-key-of-the-first-head",
+        "attnbias/observe/sweep.py",
+        "row if len(per_key) > 1 else 0, heads if per_key.shape[1] > 1 else slice(0, 1)",
+        "row if len(per_key) > 1 else 0, slice(0, 1)",
+        ("tests/observe/test_random.py::test_the_compiled_sweep_agrees",),
+    ),
+    Defect(
+        "sweep-forgets-the-earlier-tiles",
+        "attnbias/native/sweep.py",
+        "surprise[r] += total",
+        "surprise[r] = total",
+        ("tests/observe/test_random.py::test_the_sweep_in_many_tiles_and_threads",),
+    ),
+    Defect(
+        "targets-of-the-first-row-for-all",
+        "attnbias/observe/placed.py",
+        "chosen = at.gather(1, place[..., None].expand(-1, -1, at.shape[2]))",
+        "chosen = at.flip(0).gather(1, place[..., None].expand(-1, -1, at.shape[2]))",
+        ("tests/observe/test_statistics.py::test_each_row_of_a_batch_has_targets_of_its_own",),
     ),
 )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import attnbias as ab
-from tests.cases.statistic import TARGETS, StatisticCase
-from tests.observe.calls import DenseMap
+from attnbias.observe.observer import Observer
+from tests.cases.statistic import TARGETS, StatisticCase, close
+from tests.observe.calls import DenseMap, dense_of, random_call
 
 s = ab.statistics
 
@@ -168,3 +169,20 @@ class TestPeak(StatisticCase):
         near = (p >= weight * (1 - 1e-6)).long().argmax(-1)  # float32 cannot tell them apart
         both = torch.stack([weight[..., 0], near.double()], -1)
         return present(both, whole.real[..., None])
+
+
+def test_each_row_of_a_batch_has_targets_of_its_own() -> None:
+    call = random_call(padding="left")
+    generator = torch.Generator().manual_seed(3)
+    at = torch.randint(-1, 30, (2, 40, 3), generator=generator)
+    at = torch.minimum(at, torch.arange(40)[:, None])
+    observer = Observer([s.At("own", count=3)], targets={"own": at})
+    observer.see(call, None, call.query, None)  # type: ignore[arg-type]
+    got = observer.seen.tensor("at").values[0, 0]
+    p = dense_of(call).p
+    for row in range(2):
+        for query in range(p.shape[2]):
+            for turn in range(3):
+                place = int(at[row, query, turn])
+                want = p[row, :, query, place] if place >= 0 else torch.full((4,), torch.nan)
+                close(got[row, :, query, turn], want)
