@@ -14,7 +14,7 @@ from attnbias.errors import AttnbiasError
 from attnbias.report import interval
 from attnbias.report.data import Map, ReportData
 from attnbias.report.even import Even, Watch
-from attnbias.report.kinds import MOST_LINES, RECEIVED, candidates, kind_of
+from attnbias.report.kinds import RECEIVED, kind_of
 from attnbias.report.profiles import (
     SAMPLED,
     WHOLE,
@@ -27,6 +27,7 @@ from attnbias.report.profiles import (
     profiles,
 )
 from attnbias.report.text import Read, limit, read, shuffled
+from attnbias.report.trial import LONG, evaluating, last, tell_time, usable
 from attnbias.report.words import words_of
 
 if TYPE_CHECKING:
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
     from attnbias.observe import Seen
 
 SEED = 20240229
-FUSED_ONLY = 8192
 """Over so many tokens a page shows only statistics that need no tile of the map."""
-TRIAL = 12
 
 
 def collect(
@@ -59,7 +58,7 @@ def collect(
     before afterwards. The shuffled text has the same tokens in another order of words; the
     untrained model is a new one of the same class and config, its weights drawn from `seed`.
     Every statistic that needs no argument is measured; one that does not apply to the model is left
-    out, and over `FUSED_ONLY` tokens those without a fused form are.
+    out, and over 8,192 tokens those that only tiles can give are.
 
     Args:
         model: a text encoder or decoder-only Hugging Face model. tokenizer: its tokenizer.
@@ -93,8 +92,10 @@ def collect(
     near = Near(length)
     heads = int(getattr(_text_config(model), "num_attention_heads", 1)) * len(wanted)
     maps = keeps_maps(heads, length)
+    run = _Runner(asked, wanted, [*shown, near], rules)
+    if progress and length >= LONG:
+        tell_time(lambda part: run(model, part, lambda: None), ids)
     with _bar(len(found), progress) as tick:
-        run = _Runner(asked, wanted, [*shown, near], rules)
         more = [Whole(length)] if maps else []
         own, even = run(model, ids, tick("this text"), more, measure=True)
         mixed, _ = run(model, ids[:, list(order)], tick("words shuffled"))
@@ -120,34 +121,6 @@ def collect(
     )  # fmt: skip
 
 
-def usable(model: nn.Module, ids: Tensor, layers: Any) -> list[Any]:
-    """The statistics without arguments that apply, tried out on the first few tokens."""
-    from attnbias.observe import observe
-    from attnbias.observe.statistic import Statistic
-
-    short = ids[:, :TRIAL]
-    found = []
-    for one in candidates():
-        if ids.shape[1] > FUSED_ONLY and type(one).plan is Statistic.plan:
-            continue
-        try:
-            with _evaluating(model), observe(model, [one], spans=_last(short), layers=layers) as s:
-                model(input_ids=short, attention_mask=torch.ones_like(short))
-        except AttnbiasError:
-            if type(one).name in ("received", "entropy", "distance", "first_token"):
-                raise  # those apply to every text: the model is what cannot be observed
-            continue
-        table = s.table()
-        lines = {row.statistic for row in table}
-        if len(lines) <= MOST_LINES and any(row.value == row.value for row in table):
-            found.append(one)
-    return found
-
-
-def _last(ids: Tensor) -> dict[str, tuple[int, int]]:
-    return {"last": (ids.shape[1] - 1, ids.shape[1])}
-
-
 def _text_config(model: Any) -> Any:
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -161,17 +134,6 @@ def _check_vocabulary(model: Any, text: Read) -> None:
             f"tokenizer: token {max(text.ids)} came, but the model knows {size}; give the "
             "tokenizer that belongs to the model"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 class _Runner:
@@ -195,11 +157,11 @@ class _Runner:
         from attnbias.observe import observe
         from attnbias.steer import steer
 
-        spans = _last(ids)
+        spans = last(ids)
         watch = Watch(self._wanted, tick, self._statistics if measure else None, spans)
         statistics = [*self._statistics, *more]
         with (
-            _evaluating(model),
+            evaluating(model),
             observe(model, statistics, spans=spans, layers=self._layers) as seen,
             attach(model, watch),
         ):

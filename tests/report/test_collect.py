@@ -304,3 +304,13 @@ def test_a_tokenizer_of_another_model_is_refused(minilm, stories):
     _, tokenizer, _ = load(str(minilm))
     with pytest.raises(AttnbiasError, match="tokenizer"):
         collect(model, tokenizer, TEXT, name="m")
+
+
+def test_a_long_text_is_told_its_time_before(loaded, monkeypatch, capsys):
+    _, model, tokenizer, data = loaded
+    collect(model, tokenizer, TEXT, name="m", seed=7, progress=True)
+    assert "controls of the same length" not in capsys.readouterr().err
+    monkeypatch.setattr("attnbias.report.collect.LONG", len(data.tokens))
+    collect(model, tokenizer, TEXT, name="m", seed=7, progress=True)
+    said = capsys.readouterr().err
+    assert f"{len(data.tokens)} tokens, and two controls of the same length: " in said
