@@ -46,7 +46,7 @@ def test_holds_the_package_alone(wheel: Path) -> None:
     assert not [name for name in named if "test" in name]
     assert "attnbias/py.typed" in inside
     assert any(name.endswith("licenses/LICENSE") for name in sizes)
-    assert sum(sizes.values()) < 2_000_000
+    assert sum(sizes.values()) < 3_000_000  # text alone: no weights, no data, no compiled files
     # torch is the only hard dependency.
     assert len(required) == 1, required
     assert required[0].startswith("Requires-Dist: torch"), required

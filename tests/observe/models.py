@@ -440,6 +440,24 @@ def clip_model() -> nn.Module:
     return sharpen(CLIPModel(config), 4.0)
 
 
+def _llava(request: pytest.FixtureRequest) -> Scenario:
+    """Image tokens among the words; the maps are those of the text tower."""
+    from tests.steer import models
+
+    subject = models.make("llava", request)
+    given: dict[str, Any] = dict(subject.inputs)
+    n = given["input_ids"].shape[1]
+    mask = given.get("attention_mask")
+    real = torch.ones(2, n, dtype=torch.bool) if mask is None else mask.bool()
+    return Scenario(
+        model=subject.model,
+        run=lambda one: [one(**given).logits],
+        whole=given,
+        real={"text": real},
+        visible={"text": lambda layer: causal(n)},
+    )
+
+
 STEPS = [32, *range(33, 41)]
 SCENARIOS: dict[str, Callable[[pytest.FixtureRequest], Scenario]] = {
     "minilm, padded": _minilm,
@@ -459,6 +477,7 @@ SCENARIOS: dict[str, Callable[[pytest.FixtureRequest], Scenario]] = {
     "gpt-oss, sinks": _gpt_oss([40]),
     "gpt-oss, sinks, decoding": _gpt_oss(STEPS),
     "vit": _vit,
+    "llava": _llava,
     "bart": _bart,
     "t5, position bias": _t5,
 }

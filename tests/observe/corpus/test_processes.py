@@ -21,14 +21,14 @@ from attnbias.observe import corpus
 from tests.conftest import ROOT
 
 KINDS = "entropy,received[queries],sink_rate[0.02]"
-DOCUMENTS = 36
+DOCUMENTS = 72
 
 
 @pytest.fixture
 def texts(shared: Path, tmp_path: Path) -> Path:
     text = (shared / "data" / "tinyshakespeare.txt").read_text()
     lines = [
-        json.dumps({"id": f"d{n}", "text": text[700 * n : 700 * n + 150 + 5 * n]})
+        json.dumps({"id": f"d{n}", "text": text[700 * n : 700 * n + 150 + 5 * (n % 36)]})
         for n in range(DOCUMENTS)
     ]
     path = tmp_path / "texts.jsonl"
@@ -117,7 +117,7 @@ def test_killed_and_gone_on_with_by_other_numbers_of_processes(
     assert 6 <= done < DOCUMENTS
     assert len(list(corpus.each(out))) == done
     with (out / "part-1.jsonl").open("ab") as file:
-        file.write(b'{"document": 35, "id": "d35", "tok')  # what a kill while writing leaves
+        file.write(b'{"document": 71, "id": "d71", "tok')  # what a kill while writing leaves
 
     results = [ended(*process) for process in started(given, 3, tmp_path)]
     assert [code for code, _, _ in results] == [0, 0, 0], results[0][2]
@@ -152,7 +152,7 @@ def test_one_process_reads_what_several_on_machines_of_their_own_have_written(
     monkeypatch.setattr(running, "_measure_all", lambda *_: None)  # it has done its own share
     with native.disabled():  # as in the forked processes
         assert main(given) == 2
-    assert "lacks 18 documents" in capsys.readouterr().err
+    assert f"lacks {DOCUMENTS // 2} documents" in capsys.readouterr().err
     away.rename(out / "part-1.jsonl")
     with native.disabled():
         assert main(given) == 0
@@ -176,6 +176,9 @@ def test_a_stopped_run_says_how_to_go_on(
     stories: Path, texts: Path, tmp_path: Path, kind: signal.Signals
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
+    many = 20 * DOCUMENTS  # so that the signal comes long before the end
+    lines = [json.dumps({"text": json.loads(one)["text"]}) for one in texts.open()]
+    texts.write_text("\n".join(lines * 20) + "\n")
     process = begun(command(stories, texts, out), log)
     wait_for(out, 2)
     assert process.pid is not None
@@ -183,9 +186,9 @@ def test_a_stopped_run_says_how_to_go_on(
     code, printed, errors = ended(process, log)
     assert (code, printed) == (130, "")
     assert "Traceback" not in errors
-    assert 2 <= recorded(out) < DOCUMENTS
+    assert 2 <= recorded(out) < many
     last = errors.strip().splitlines()[-1]
-    assert last.startswith(f"attnbias: stopped after {recorded(out)} of {DOCUMENTS} documents")
+    assert last.startswith(f"attnbias: stopped after {recorded(out)} of {many} documents")
     assert "the same command goes on from here" in last
 
 
