@@ -8,7 +8,10 @@ from experiments.massive_activations import measure
 from experiments.zerotuning import DATA
 
 
-@pytest.mark.skipif(not (DATA / "stories260K-hf").exists(), reason="the shared data is not there")
+@pytest.mark.skipif(
+    not (DATA / "stories260K-hf").exists(),
+    reason="shared data: no folder ../shared/data beside the repository",
+)
 def test_the_largest_activations_matter() -> None:
     found = measure(0)
     assert found["effect"] > 3 * max(found["control"], 0.0)

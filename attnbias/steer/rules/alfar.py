@@ -176,10 +176,10 @@ class ALFAR(Rule):
         question, context = site.where(self.question), site.where(self.context)
         asked = site.where_queries(self.question).expand(site.shape[0], -1)
         # A query of the context scores the question's keys: one product with their sum.
-        ask = (site.key * question[:, None, :, None]).sum(2, keepdim=True)
+        ask = _summed(site, site.key, question)
         own = to_positions(_scaled(site, site.query, ask), site.query_positions, length)
         # Where the question comes later, its queries score the context's keys.
-        tell = (site.query * asked[:, None, :, None]).sum(2, keepdim=True)
+        tell = _summed(site, site.query, asked)
         later = to_positions(_scaled(site, site.key, tell), site.key_positions, length)
         both = torch.stack([own, later])
         seen = site.recall("scores")
@@ -214,6 +214,11 @@ class ALFAR(Rule):
         floor = plain.amax(-1, keepdim=True) + math.log(self.plausibility)
         fused = fused.masked_fill(plain < floor, -torch.inf)
         return torch.where(known.to(plain.device)[:, None], fused, plain)
+
+
+def _summed(site: SiteCall, vectors: Tensor, chosen: Tensor) -> Tensor:
+    """The sum of the chosen vectors, ``(batch, heads, 1, dim)``, without a copy of the others."""
+    return chosen[:, None, None].to(site.dtype) @ vectors.to(site.dtype)
 
 
 def _scaled(site: SiteCall, many: Tensor, one: Tensor) -> Tensor:
