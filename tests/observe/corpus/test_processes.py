@@ -49,6 +49,8 @@ def begun(given: list[str], logs: Path, **environment: str) -> BaseProcess:
 
     def work() -> None:
         os.environ.update(environment)
+        # A shell starts what runs in the background with Ctrl-C ignored, and children inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{logs}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666), number)
         sys.stdout = os.fdopen(1, "w", closefd=False)
