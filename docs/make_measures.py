@@ -19,7 +19,7 @@ from attnbias.catalogue import works  # noqa: E402
 from attnbias.measures import Measure  # noqa: E402
 from attnbias.observe.statistics import BUILTIN  # noqa: E402
 from docs.make_forms import _named, paragraphs, plain, starting  # noqa: E402
-from docs.make_rules import body, evidence  # noqa: E402
+from docs.make_rules import body, evidence, write  # noqa: E402
 
 FOLDER = ROOT / "docs" / "measures"
 STATISTICS = "statistics.md"
@@ -140,18 +140,5 @@ def navigation(text: str) -> str:
     return head + begin + "\n".join(lines) + "\n" + end + tail
 
 
-def main() -> None:
-    """Write the pages and the navigation; pages of what is gone are removed."""
-    FOLDER.mkdir(exist_ok=True)
-    made = pages()
-    for old in FOLDER.glob("*.md"):
-        if old.name not in made:
-            old.unlink()
-    for name, text in made.items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
-    nav = ROOT / "mkdocs.yml"
-    nav.write_text(navigation(nav.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write(FOLDER, pages(), navigation)

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -279,18 +280,17 @@ def navigation(text: str) -> str:
     return head + begin + "\n".join(lines) + "\n" + end + tail
 
 
-def main() -> None:
-    """Write the pages and the navigation; pages of rules that are gone are removed."""
-    FOLDER.mkdir(exist_ok=True)
-    made = pages()
-    for old in FOLDER.glob("*.md"):
+def write(folder: Path, made: dict[str, str], navigation: Callable[[str], str]) -> None:
+    """Write pages and the navigation; pages of what is gone are removed."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.md"):
         if old.name not in made:
             old.unlink()
     for name, text in made.items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
     nav = ROOT / "mkdocs.yml"
     nav.write_text(navigation(nav.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    write(FOLDER, pages(), navigation)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from attnbias.errors import AttnbiasError
+from attnbias.hub.modes import evaluating as evaluating
 
 if TYPE_CHECKING:
     from attnbias.measures.scores import Scores
@@ -54,18 +55,6 @@ class HeadMeasure(Measure):
         self, model: nn.Module, data: Data | None = None, *, progress: bool = False
     ) -> Scores:
         """The scores of the heads; see `Measure.measure` and `Scores`."""
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def forwards(data: Data | None, name: str) -> list[Mapping[str, Any]]:

@@ -38,7 +38,7 @@ class Sweep:
     """
 
     def __init__(self, scene: Scene, wanted: set[str], features: Tensor | None = None) -> None:
-        self.scene, self.wanted = scene, wanted
+        self.scene = scene
         self.columns = self._zeros(scene.keys)
         rows = scene.queries
         self.inner = self._zeros(rows if "inner" in wanted else 0)

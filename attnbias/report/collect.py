@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError
+from attnbias.hub.modes import evaluating, limit
 from attnbias.report import interval
 from attnbias.report.data import Map, ReportData
 from attnbias.report.even import Even, Watch
@@ -26,8 +27,8 @@ from attnbias.report.profiles import (
     keeps_maps,
     profiles,
 )
-from attnbias.report.text import Read, limit, read, shuffled
-from attnbias.report.trial import LONG, evaluating, last, tell_time, usable
+from attnbias.report.text import Read, read, shuffled
+from attnbias.report.trial import LONG, last, tell_time, usable
 from attnbias.report.words import words_of
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class _Runner:
         statistics = [*self._statistics, *more]
         with (
             evaluating(model),
+            torch.no_grad(),
             observe(model, statistics, spans=spans, layers=self._layers) as seen,
             attach(model, watch),
         ):

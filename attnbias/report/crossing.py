@@ -89,7 +89,7 @@ def _kinds(keys: int) -> list[tuple[str, str, str, str, Any, float]]:
 
 
 def _look(model: nn.Module, inputs: Mapping[str, Any], layers: Any) -> Any:
-    from attnbias.measures.base import evaluating
+    from attnbias.hub.modes import evaluating
     from attnbias.observe import observe, statistics
 
     wanted = [statistics.Received("queries"), statistics.Entropy()]

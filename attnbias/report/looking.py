@@ -111,7 +111,7 @@ SURFACES = {
 def _look(
     model: nn.Module, inputs: Mapping[str, Any], places: Mapping[str, Any], layers: Any
 ) -> Seen:
-    from attnbias.measures.base import evaluating
+    from attnbias.hub.modes import evaluating
     from attnbias.observe import observe, statistics
 
     wanted: list[Any] = [statistics.Received("queries"), statistics.Entropy(), statistics.Share()]

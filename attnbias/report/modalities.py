@@ -118,7 +118,7 @@ def _even(groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _shares(
     model: nn.Module, inputs: Mapping[str, Any], groups: Mapping[str, Tensor], layers: Any
 ) -> Seen:
-    from attnbias.measures.base import evaluating
+    from attnbias.hub.modes import evaluating
     from attnbias.observe import observe, statistics
 
     with (
@@ -198,7 +198,7 @@ def _grid(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, image: int)
 
 
 def _given(model: nn.Module, inputs: Mapping[str, Any], last: Tensor, layers: Any) -> Seen:
-    from attnbias.measures.base import evaluating
+    from attnbias.hub.modes import evaluating
     from attnbias.observe import observe, statistics
 
     with (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnbias.errors import AttnbiasError
+from attnbias.hub.modes import evaluating
 from attnbias.report.kinds import MOST_LINES, candidates
 
 LONG = 2048  # tokens from which on the time is told before
@@ -28,7 +28,11 @@ def usable(model: nn.Module, ids: Tensor, layers: Any) -> list[Any]:
         if ids.shape[1] > FUSED_ONLY and type(one).plan is Statistic.plan and not swept(one):
             continue
         try:
-            with evaluating(model), observe(model, [one], spans=last(short), layers=layers) as s:
+            with (
+                evaluating(model),
+                torch.no_grad(),
+                observe(model, [one], spans=last(short), layers=layers) as s,
+            ):
                 model(input_ids=short, attention_mask=torch.ones_like(short))
         except AttnbiasError:
             if type(one).name in ("received", "entropy", "distance", "first_token"):
@@ -62,14 +66,3 @@ def tell_time(measured: Callable[[Tensor], object], ids: Tensor) -> None:
 
 def last(ids: Tensor) -> dict[str, tuple[int, int]]:
     return {"last": (ids.shape[1] - 1, ids.shape[1])}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

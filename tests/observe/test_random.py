@@ -30,6 +30,14 @@ ROUTES = {
 }
 
 
+def spans_of(call: FakeCall) -> dict[str, Any]:
+    """The spans for the call's rows, of which there may be three."""
+    spans = spans_for(call)
+    if call.key_positions.shape[0] == 3:
+        spans["middle"] = [(5, 9), (4, 12), (0, 2)]
+    return spans
+
+
 def problem(seed: int) -> tuple[FakeCall, ab.Bias | None, str]:
     """A call, an edit, and its words; every option is drawn."""
     draw = random.Random(seed)
@@ -67,9 +75,7 @@ def problem(seed: int) -> tuple[FakeCall, ab.Bias | None, str]:
 def test_three_routes_agree(part: int) -> None:
     for seed in range(part * 15, part * 15 + 15):
         call, extra, words = problem(seed)
-        spans = spans_for(call)
-        if call.key_positions.shape[0] == 3:
-            spans["middle"] = [(5, 9), (4, 12), (0, 2)]
+        spans = spans_of(call)
         whole = dense_of(call, extra, spans)
         for fused in (True, False):
             found = [one for one in every() if one.label in ROUTES]
@@ -88,9 +94,7 @@ def test_three_routes_agree(part: int) -> None:
 def test_the_compiled_sweep_agrees(part: int) -> None:
     for seed in range(part * 25, part * 25 + 25):
         call, extra, words = problem(seed)
-        spans = spans_for(call)
-        if call.key_positions.shape[0] == 3:
-            spans["middle"] = [(5, 9), (4, 12), (0, 2)]
+        spans = spans_of(call)
         whole = dense_of(call, extra, spans)
         found = [case.build() for case in ROUTES.values()]
         call.query, call.key = call.query.float(), call.key.float()

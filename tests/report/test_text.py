@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from attnbias import AttnbiasError
-from attnbias.report.text import limit, read, shuffled
+from attnbias.hub.modes import limit
+from attnbias.report.text import read, shuffled
 
 TEXT = "  Unbelievably, the\n\nnaïve café-owner  said: 東京 😀!"
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from attnbias import native
 from attnbias.errors import AttnbiasError
+from attnbias.hub.modes import evaluating, limit
 from attnbias.observe.corpus.documents import Corpus
 from attnbias.observe.corpus.estimate import Estimate, estimate
 from attnbias.observe.corpus.folder import Record
@@ -57,7 +57,7 @@ class Work:
         found = sites(model)
         self.sites = found if layers == "all" else sorted(choose(found, layers), key=found.index)
         self.layers = layers if layers == "all" else _by_tower(self.sites)
-        self.most = _limit(model, tokenizer)
+        self.most = limit(model, tokenizer)
         if max_tokens is not None and (max_tokens < 1 or max_tokens > (self.most or max_tokens)):
             within = "of 1 or more" if self.most is None else f"from 1 to {self.most}"
             raise AttnbiasError(f"max_tokens: {max_tokens} came; write a number {within}.")
@@ -126,7 +126,7 @@ class Work:
     def record(self, index: int) -> Record:
         """Measure one document."""
         ids = self.ids(index)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             table = self.seen(ids, index).table()
         errors = None
         if self.queries is not None:
@@ -139,7 +139,7 @@ class Work:
 
     def estimate(self, longest: int) -> Estimate:
         """From pieces of the longest document."""
-        with _evaluating(self.model):
+        with evaluating(self.model):
             return estimate(lambda ids: self.seen(ids, longest).table(), self.ids(longest))
 
 
@@ -153,40 +153,6 @@ def _by_tower(sites: list[Any]) -> dict[str, list[int]]:
     for site in sites:
         found.setdefault(site.tower, []).append(site.layer)
     return found
-
-
-def _limit(model: Any, tokenizer: Any) -> int | None:
-    """How many tokens the model accepts; None where neither model nor tokenizer says.
-
-    Unset limits of tokenizers are huge numbers; where positions count on from a padding index
-    (RoBERTa), the rows of the position table after it count.
-    """
-    config = model.config
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = ("max_position_embeddings", "n_positions", "n_ctx")
-    found = [getattr(inner, name, None) for name in names]
-    found.append(getattr(tokenizer, "model_max_length", None))
-    found += [
-        table.num_embeddings - table.padding_idx - 1
-        for name, table in model.named_modules()
-        if name.endswith("position_embeddings")
-        and isinstance(table, nn.Embedding)
-        and table.padding_idx is not None
-    ]
-    known = [int(n) for n in found if isinstance(n, (int, float)) and 0 < n < 10**9]
-    return min(known, default=None)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
