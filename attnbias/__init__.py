@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from attnbias.fit import Fit, fit_factors, fit_svd
 
     # From the files that hold them: three of these are named like their file.
+    from attnbias.fuse import Fused, fuse
     from attnbias.hub.prompt import prompt
     from attnbias.hub.sites import sites
     from attnbias.hub.spans import spans
@@ -49,8 +50,10 @@ _LAZY = {
     "Fit": "attnbias.fit",
     "fit_factors": "attnbias.fit",
     "fit_svd": "attnbias.fit",
+    "Fused": "attnbias.fuse",
     "Recipe": "attnbias.steer",
     "Support": "attnbias.hub",
+    "fuse": "attnbias.fuse",
     "measures": "attnbias.measures",
     "observe": "attnbias.observe",
     "prompt": "attnbias.hub",
@@ -71,6 +74,7 @@ __all__ = [
     "Dense",
     "Distance",
     "Fit",
+    "Fused",
     "GridRelative",
     "KeyBias",
     "LowRank",
@@ -89,6 +93,7 @@ __all__ = [
     "fit_factors",
     "fit_svd",
     "forms",
+    "fuse",
     "measures",
     "merge",
     "observe",

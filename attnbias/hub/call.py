@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from attnbias.bias import Bias, Causal, Dense, add
+from attnbias.bias import Bias, Dense, add
 from attnbias.errors import Refused
+from attnbias.hub.masks import asks_causal, mask_terms
 from attnbias.hub.request import MaskRequest
 from attnbias.hub.sites import Site
 from attnbias.hub.stock import Stock, plain_part, plain_rows, shared_flash
@@ -193,7 +194,9 @@ class Call:
         """The model's own masks and position bias, ``(queries, keys)``; None: all is visible."""
         if "bias" not in self._cache:
             self._require_scores()
-            terms = self._mask_terms()
+            causal = self.asks_causal()
+            keys = self.key.shape[2]
+            terms = mask_terms(self._mask, self.query, keys, self.original, causal, self.site)
             position = self._arguments.get("position_bias")
             if position is not None:
                 terms.append(Dense(position[..., : self.key.shape[2]]))
@@ -232,53 +235,9 @@ class Call:
         if reason is not None:
             raise Refused(reason)
 
-    def _mask_terms(self) -> list[Bias]:
-        queries, keys = self.query.shape[2], self.key.shape[2]
-        mask = self._mask
-        if isinstance(mask, MaskRequest):
-            if (mask.queries, mask.keys) != (queries, keys):
-                raise Refused(
-                    f"{self.site}: the mask was asked for {mask.queries} x {mask.keys} positions, "
-                    f"but the layer attends from {queries} to {keys}."
-                )
-            if not mask.skipped(self.original):
-                bias = mask.bias()
-                return [] if bias is None else [bias]
-            mask = None
-        if mask is None:
-            return self._without_mask(queries, keys)
-        if isinstance(mask, Tensor) and mask.ndim == 4:
-            return [self._tensor(mask, queries, keys)]
-        got = f"{mask.ndim}-D tensor" if isinstance(mask, Tensor) else type(mask).__name__
-        raise Refused(f"{self.site}: an attention mask must have 4 dimensions, got a {got}.")
-
-    def _without_mask(self, queries: int, keys: int) -> list[Bias]:
-        """No mask: eager sees everything, sdpa follows `is_causal`, aligned to the start."""
-        if queries == 1 or not self.asks_causal():
-            return []
-        return [Causal(queries, keys, offset=0, device=self.query.device)]
-
     def asks_causal(self) -> bool:
         """Whether a call without a mask is causal, aligned to the start."""
-        if self.original == "eager":
-            return False
-        asked = self._arguments.get("is_causal")
-        return bool(getattr(self.module, "is_causal", True) if asked is None else asked)
-
-    def _tensor(self, mask: Tensor, queries: int, keys: int) -> Bias:
-        wanted = (self.query.shape[0], self.query.shape[1], queries, keys)
-        if any(have not in (1, want) for have, want in zip(mask.shape, wanted, strict=True)):
-            raise Refused(
-                f"{self.site}: the 4-D attention mask has shape {tuple(mask.shape)}, expected "
-                f"(batch | 1, heads | 1, queries | 1, keys | 1) of {wanted}."
-            )
-        if mask.dtype == torch.bool:
-            return Dense(mask)
-        # Transformers writes "hidden" as the lowest number of the dtype.
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        if bool((hidden | (mask == 0)).all()):
-            return Dense(~hidden)
-        return Dense(mask.masked_fill(hidden, -torch.inf))
+        return asks_causal(self.module, self._arguments.get("is_causal"), self.original)
 
     # Where in the text -------------------------------------------------------------------------
 

@@ -122,22 +122,63 @@ def _original(module: nn.Module) -> str:
 # Names -------------------------------------------------------------------------------------------
 
 _ABSENT = object()
-_users = 0
-_saved: list[tuple[dict[str, Any], Any]] = []
+Function = Callable[..., Any]
 
 
-def _tables() -> list[tuple[dict[str, Any], Callable[..., Any]]]:
-    """The maps that must hold our name: class-wide ones, and local ones, which win over them."""
+def tables(attention: Function, mask: Function) -> list[tuple[dict[str, Any], Function]]:
+    """The maps that hold a name, each with its function: class-wide ones, and local ones, which
+    win over them.
+    """
     from transformers import masking_utils, modeling_utils
 
-    attention = modeling_utils.ALL_ATTENTION_FUNCTIONS
+    functions = modeling_utils.ALL_ATTENTION_FUNCTIONS
     masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     return [
-        (type(attention)._global_mapping, attention_function),
-        (attention._local_mapping, attention_function),
-        (type(masks)._global_mapping, mask_function),
-        (masks._local_mapping, mask_function),
+        (type(functions)._global_mapping, attention),
+        (functions._local_mapping, attention),
+        (type(masks)._global_mapping, mask),
+        (masks._local_mapping, mask),
     ]
+
+
+class Registered:
+    """One name in the registries of transformers, there as long as somebody uses it."""
+
+    def __init__(self, name: str, attention: Function, mask: Function) -> None:
+        self.name, self._functions = name, (attention, mask)
+        self._users = 0
+        self._saved: list[tuple[dict[str, Any], Any]] = []
+
+    def add(self) -> bool:
+        """One more user; True for the first. What was under the name is remembered."""
+        if self._users == 0:
+            mine = tables(*self._functions)
+            self._saved.extend((table, table.get(self.name, _ABSENT)) for table, _ in mine)
+        self._users += 1
+        self.renew()
+        return self._users == 1
+
+    def renew(self) -> None:
+        """Put our functions in place again: another library may have wrapped every entry since."""
+        for table, function in tables(*self._functions):
+            if table.get(self.name) is not function:
+                table[self.name] = function
+
+    def drop(self) -> bool:
+        """One user less; True for the last, which leaves the registries as they were."""
+        self._users -= 1
+        if self._users:
+            return False
+        while self._saved:
+            table, before = self._saved.pop()
+            if before is _ABSENT:
+                table.pop(self.name, None)
+            else:
+                table[self.name] = before
+        return True
+
+
+_registered = Registered(NAME, attention_function, mask_function)
 
 
 _HOOK_GUARDS = "skip_nnmodule_hook_guards"
@@ -158,38 +199,23 @@ def _guard_hooks() -> None:
 
 def register() -> None:
     """Put our functions under our name, remembering what was there."""
-    global _users
     with LOCK:
-        if _users == 0:
-            _saved.extend((table, table.get(NAME, _ABSENT)) for table, _ in _tables())
+        if _registered.add():
             _guard_hooks()
-        _users += 1
-        assert_registered()
 
 
 def assert_registered() -> None:
-    """Put our functions in place again: another library may have wrapped every entry since."""
-    for table, function in _tables():
-        if table.get(NAME) is not function:
-            table[NAME] = function
+    """Put our functions in place again: see `Registered.renew`."""
+    _registered.renew()
 
 
 def unregister() -> None:
     """Take our name away again when nobody uses it any more."""
-    global _users
     with LOCK:
-        _users -= 1
-        if _users:
-            return
-        for config, value in _guards.items():
-            setattr(sys.modules[config], _HOOK_GUARDS, value)
-        _guards.clear()
-        while _saved:
-            table, before = _saved.pop()
-            if before is _ABSENT:
-                table.pop(NAME, None)
-            else:
-                table[NAME] = before
+        if _registered.drop():
+            for config, value in _guards.items():
+                setattr(sys.modules[config], _HOOK_GUARDS, value)
+            _guards.clear()
 
 
 def switch(config: Any) -> None:

@@ -30,12 +30,14 @@ ALLOWED: dict[str, set[str]] = {
     "hub": CORE,
     "observe": CORE | {"hub"},
     "steer": CORE | {"hub", "observe"},
+    "fuse": CORE | {"hub"},
     "measures": CORE | {"hub", "observe", "steer"},
     "protocols": CORE | {"hub", "observe", "steer", ""},  # it calls steer as users do
     "report": CORE | {"hub", "observe", "steer", "measures"},
     "catalogue": {"errors"},
-    "cli": CORE | {"hub", "observe", "steer", "measures", "protocols", "report", "catalogue", ""},
-    "": CORE | {"fit", "hub", "observe", "steer", "measures"},
+    "cli": CORE
+    | {"hub", "fuse", "observe", "steer", "measures", "protocols", "report", "catalogue", ""},
+    "": CORE | {"fit", "fuse", "hub", "observe", "steer", "measures"},
 }
 # Libraries that the core may not import at all, not even inside a function.
 HEAVY = {"transformers", "tokenizers", "safetensors", "pydantic", "altair", "jinja2", "rich"}

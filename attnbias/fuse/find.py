@@ -1,0 +1,71 @@
+"""Which modules of a model are known, which carry a bias and are not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from attnbias.fuse.families import FAMILIES
+from attnbias.fuse.family import Family, Place
+from attnbias.fuse.known import REFUSED
+from attnbias.hub.sites import pretrained_class
+
+
+@dataclass
+class Found:
+    """What `find` found: `places` with their families, and `left`: (class, reason) -> names."""
+
+    places: dict[Place, Family] = field(default_factory=dict)
+    left: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+
+
+def path_of(kind: type) -> str:
+    """The dotted path of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def find(root: nn.Module) -> Found:
+    """Walk a model."""
+    known = {path: family for family in FAMILIES for path in family.modules}
+    found = Found()
+    for name, module, owner in _walk(root):
+        for kind in type(module).__mro__:
+            path = path_of(kind)
+            if path in known:
+                place = Place(name, module, owner)
+                reason = _reason(place, kind, known[path])
+                if reason:
+                    _leave(found, name, module, reason)
+                else:
+                    found.places[place] = known[path]
+                break
+            if path in REFUSED:
+                _leave(found, name, module, REFUSED[path])
+                break
+    return found
+
+
+def _leave(found: Found, name: str, module: nn.Module, reason: str) -> None:
+    key = (type(module).__name__, reason)
+    found.left[key] = (*found.left.get(key, ()), name)
+
+
+def _reason(place: Place, kind: type, family: Family) -> str:
+    own = type(place.module)
+    if own.forward is not kind.forward:  # type: ignore[attr-defined]
+        return f"it has a forward of its own, other than that of {kind.__name__}."
+    if "forward" in vars(place.module) and "_old_forward" not in vars(place.module):
+        return "another library has replaced its forward."
+    return family.refuse(place)
+
+
+def _walk(root: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Every module once, with the nearest pretrained model above it."""
+    pretrained = pretrained_class()
+    owners: dict[str, nn.Module] = {"": root}
+    for name, module in root.named_modules():
+        above = owners[name.rpartition(".")[0]] if name else root
+        owners[name] = module if isinstance(module, pretrained) else above
+        yield name, module, owners[name]

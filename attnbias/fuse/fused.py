@@ -1,0 +1,284 @@
+"""``ab.fuse(model)``: find, replace, check, measure, say."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from attnbias.errors import AttnbiasError, Refused
+from attnbias.fuse import modes
+from attnbias.fuse.door import MARK, Door, Mark
+from attnbias.fuse.families import FAMILIES
+from attnbias.fuse.family import Place
+from attnbias.fuse.find import Found, find
+from attnbias.fuse.interface import SUPPORTED, switching
+from attnbias.fuse.trial import Gain, differs, measured
+from attnbias.hub.device import runs_on
+from attnbias.hub.registry import CONFIG_KEY
+from attnbias.hub.sites import unwrap
+
+_fused: weakref.WeakKeyDictionary[nn.Module, Fused] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Modules that keep their own code. names: where. kind: their class. reason: why."""
+
+    names: tuple[str, ...]
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Modules of one kind and shape that were replaced.
+
+    Attributes:
+        names: where. kind: their class. family, form: whose code, and the bias in words.
+        lowering: how `attention` computes it in the check. gain: what was measured, if it was.
+        difference: largest difference of the output from stock over the largest output.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    family: str
+    form: str
+    lowering: str
+    difference: float
+    gain: Gain | None = None
+
+
+@dataclass
+class Fused:
+    """A model whose biased attention is fused, until `undo` or the end of a ``with`` block.
+
+    Attributes:
+        model: class name. sites: what was replaced. left: what was not, and why.
+        device: where it runs. note: why nothing was replaced; empty otherwise.
+    """
+
+    model: str
+    device: str
+    sites: list[Sites] = field(default_factory=list)
+    left: list[LeftAlone] = field(default_factory=list)
+    note: str = ""
+    _root: nn.Module | None = field(default=None, repr=False)
+    _door: Door = field(default_factory=Door, repr=False)
+
+    @property
+    def replaced(self) -> int:
+        """How many modules were replaced."""
+        return sum(len(one.names) for one in self.sites)
+
+    def undo(self) -> None:
+        """Leave the model as it was. Once is enough; again does nothing."""
+        self._door.close()
+        if self._root is not None:
+            _fused.pop(self._root, None)
+
+    def __enter__(self) -> Fused:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        from attnbias.fuse.words import told
+
+        return told(self)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    length: int = 1024,
+    batch: int = 1,
+    check: bool = True,
+    measure: bool = True,
+    quiet: bool = False,
+) -> Fused:
+    """Let the attention of `model` that carries a bias run through structured kernels.
+
+    The modules that are known (`attnbias support --all` lists them) are computed by `attention`
+    with the bias as a structure: same outputs, same gradients, same generation, without the N x N
+    tensor. Each kind of module is first compared with its own code on random input. Calls that are
+    too small to gain, other devices than the CPU, and calls that ask for attention maps take the
+    model's own code. Weights, configs and state dicts are untouched.
+
+    Args:
+        model: a transformers model or any module that holds known ones. It may train, generate, be
+            saved and be copied as before.
+        length, batch: the size of the check's measurement; modules of fixed length ignore it.
+        check: compare each kind of module with its own code first (two small calls).
+        measure: time one module of each kind beside its own code at `length`.
+        quiet: do not print what was done; `str` of the result says it, too.
+
+    Returns:
+        What was done, with `undo`; as a context manager it undoes at the end of the block.
+
+    Raises:
+        Refused: nothing in the model is known; the sentence says what was found. Nothing is
+            changed then.
+    """
+    root = unwrap(model)
+    found = find(root)
+    _refuse_double(root)
+    if not found.places:
+        raise Refused(_nothing(root, found))
+    device = runs_on(root)
+    name = type(root).__name__
+    left = [LeftAlone(names, kind, reason) for (kind, reason), names in found.left.items()]
+    if device.type != "cpu":
+        note = (
+            f"no kernels were measured on {device.type}: nothing was replaced, all is as before."
+        )
+        fused = Fused(name, str(device), left=left, note=note)
+    else:
+        fused = _open(root, found, left, check=check, measure=measure, sizes=(batch, length))
+    if not quiet:
+        print(fused)
+    return fused
+
+
+def undo(model: nn.Module) -> None:
+    """Undo `fuse` for a model whose `Fused` was not kept."""
+    root = unwrap(model)
+    fused = _fused.get(root)
+    if fused is None:
+        raise AttnbiasError(f"{type(root).__name__} is not fused.")
+    fused.undo()
+
+
+def _refuse_double(root: nn.Module) -> None:
+    for name, module in root.named_modules():
+        if MARK in vars(module):
+            where = f" ({name})" if name else ""
+            raise Refused(
+                f"{type(root).__name__}{where} is fused already; undo that first: "
+                "ab.fuse.undo(model)."
+            )
+
+
+def _nothing(root: nn.Module, found: Found) -> str:
+    name = type(root).__name__
+    if found.left:
+        (kind, reason), names = next(iter(found.left.items()))
+        more = f" and {len(found.left) - 1} other kinds" if len(found.left) > 1 else ""
+        return f"{name}: {kind} ({names[0]}{more}) is not fused: {reason}"
+    return (
+        f"{name} holds no attention with a bias that is known (attnbias support --all lists what "
+        "is): there is nothing to replace."
+    )
+
+
+def _open(
+    root: nn.Module,
+    found: Found,
+    left: list[LeftAlone],
+    *,
+    check: bool,
+    measure: bool,
+    sizes: tuple[int, int],
+) -> Fused:
+    places = dict(found.places)
+    fused = Fused(type(root).__name__, "cpu", left=left, _root=root)
+    groups = _groups(places)
+    for group in groups:
+        place, family = group[0], places[group[0]]
+        names = tuple(one.name for one in group)
+        kind = type(place.module).__name__
+        trial = plan([(place, family)], root)
+        difference, seen = 0.0, ("", "")
+        if check:
+            try:
+                reason, difference, seen = differs(place, family, trial)
+            except (Refused, AttnbiasError) as refusal:
+                reason = str(refusal)
+            if reason:
+                fused.left.append(LeftAlone(names, kind, reason))
+                for one in group:
+                    del places[one]
+                continue
+        gain = measured(place, family, trial, *sizes) if measure else None
+        form = family.form
+        fused.sites.append(Sites(names, kind, family.name, form, seen[1], difference, gain))
+    if not places:
+        raise Refused(
+            f"{fused.model}: nothing is fused. {fused.left[-1].names[0]}: {fused.left[-1].reason}"
+        )
+    fused._door = plan(list(places.items()), root)
+    fused._door.open()
+    _fused[root] = fused
+    return fused
+
+
+def _groups(places: dict[Place, Any]) -> list[list[Place]]:
+    """Places of one class, family and shapes of weights, in the order of the model."""
+    groups: dict[Any, list[Place]] = {}
+    for place, family in places.items():
+        shapes = tuple((name, tuple(one.shape)) for name, one in place.module.named_parameters())
+        flags = tuple(
+            (name, value)
+            for name, value in vars(place.module).items()
+            if isinstance(value, (bool, str)) and name not in ("training", "_is_hf_initialized")
+        )
+        groups.setdefault((family.name, type(place.module), shapes, flags), []).append(place)
+    return list(groups.values())
+
+
+def plan(places: list[tuple[Place, Any]], root: nn.Module) -> Door:
+    """The changes that fuse some modules: configs, marks, hooks, and the families' own."""
+    door = Door()
+    configs: dict[int, tuple[Any, str]] = {}
+    for place, _ in places:
+        config = place.config
+        if config is not None and CONFIG_KEY in vars(config):
+            configs[id(config)] = (config, vars(config)[CONFIG_KEY] or "eager")
+    for config, original in configs.values():
+        if original not in SUPPORTED:
+            raise Refused(
+                f"{type(root).__name__} uses attention implementation {original!r}; write "
+                f"model.set_attn_implementation('sdpa') first (supported: {', '.join(SUPPORTED)})."
+            )
+        door.change(switching(config))
+    families = {id(place.module): family for place, family in places}
+    for module in root.modules():
+        known = configs.get(id(getattr(module, "config", None)))
+        if id(module) in families:
+            place_config = next(one for one, _ in places if one.module is module).config
+            original = configs.get(id(place_config), (None, ""))[1]
+            door.set(module, MARK, Mark(families[id(module)], original))
+        elif known is not None:
+            door.set(module, MARK, Mark(None, known[1]))
+    for owner in {id(place.owner): place.owner for place, _ in places}.values():
+        door.change(_hooking(owner))
+    for place, family in places:
+        family.prepare(place, door)
+    return door
+
+
+def _hooking(owner: nn.Module) -> Callable[[], Callable[[], None]]:
+    def change() -> Callable[[], None]:
+        before = owner.register_forward_pre_hook(modes.before_forward, with_kwargs=True)
+        after = owner.register_forward_hook(modes.after_forward, always_call=True)
+
+        def back() -> None:
+            before.remove()
+            after.remove()
+
+        return back
+
+    return change
+
+
+__all__ = ["FAMILIES", "Fused", "LeftAlone", "Sites", "fuse", "undo"]

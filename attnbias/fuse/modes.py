@@ -1,0 +1,73 @@
+"""What holds for all modules of a thread: a route that is asked for, maps that are asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Route = Literal["fused", "stock"]
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.route: Route | None = None
+        self.asked: list[int] = []  # owners whose forward runs with maps asked for
+        self.seen: list[tuple[str, str]] | None = None
+
+
+_state = _State()
+
+
+def route() -> Route | None:
+    """The route that every module must take now; None: each decides by its size."""
+    return "stock" if _state.asked else _state.route
+
+
+@contextmanager
+def taking(wanted: Route | None) -> Iterator[None]:
+    """Inside, every fused module of this thread takes this route, whatever its size."""
+    before, _state.route = _state.route, wanted
+    try:
+        yield
+    finally:
+        _state.route = before
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[str, str]]]:
+    """Collects ``(bias in words, name of the lowering)`` of each fused call of this thread."""
+    before, _state.seen = _state.seen, []
+    try:
+        yield _state.seen
+    finally:
+        _state.seen = before
+
+
+def record() -> list[tuple[str, str]] | None:
+    """Where calls are recorded now; None: nowhere."""
+    return _state.seen
+
+
+# Maps: a fused module has none to give, so a forward that asks for them is the stock one. ---------
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Forward pre-hook of the modules that own fused ones."""
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", False)
+    if asked:
+        _state.asked.append(id(module))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def after_forward(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of the same modules, called also when they raise."""
+    if _state.asked and _state.asked[-1] == id(module):
+        _state.asked.pop()
