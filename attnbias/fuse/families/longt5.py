@@ -1,0 +1,330 @@
+"""LongT5: attention in a window, and in a window with a few summed tokens of the whole text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from attnbias import forms
+from attnbias.attention import attention, explain, merge
+from attnbias.bias import Bias, GridRelative, Padding, Window, add
+from attnbias.forms.t5 import t5_buckets
+from attnbias.fuse import modes
+from attnbias.fuse.door import MARK, Door
+from attnbias.fuse.families.t5 import T5
+from attnbias.fuse.family import Family, Place, Size, compute
+from attnbias.fuse.position import PositionBias
+
+_STOCK = "transformers.models.longt5.modeling_longt5"
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Blocks(PositionBias):
+    """What travels from layer to layer in place of the tensor of blocks.
+
+    It keeps the module whose table all layers share, not numbers made from it: under reentrant
+    checkpointing the gradient of a later layer reaches the table only through the parameter.
+
+    Args:
+        source: the attention module that made it.
+        mask: as the stack gave it. keep: real tokens ``(batch, length)``.
+    """
+
+    def __init__(self, source: Any, mask: Tensor, keep: Tensor) -> None:
+        super().__init__(None, source.q.weight.dtype)
+        self.source, self.mask, self.keep = source, mask, keep
+        self.padded = not bool(keep.all())
+        self._made: Any = None
+
+    def local(self) -> Bias:
+        """Window, buckets and padding between the tokens."""
+        local: Bias = self._kept()[0]
+        return local
+
+    def _kept(self) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            return self._parts()
+        if self._made is None:
+            self._made = self._parts()
+        made: tuple[Any, ...] = self._made
+        return made
+
+    def _parts(self) -> tuple[Any, ...]:
+        source, length = self.source, self.keep.shape[1]
+        reach = source.block_len - 1
+        terms: list[Bias] = [Window(reach, reach, queries=length, keys=length, offset=0)]
+        if source.has_relative_attention_bias:
+            terms.append(
+                forms.T5(
+                    source.n_heads,
+                    buckets=source.relative_attention_num_buckets,
+                    max_distance=source.relative_attention_max_distance,
+                    bidirectional=not source.is_decoder,
+                    table=source.relative_attention_bias.weight,
+                )(length)
+            )
+        if self.padded:
+            terms.append(Padding(self.keep))
+        return (add(*terms),)
+
+    def tensor(self) -> Tensor:
+        if self._tensor is None or (torch.is_grad_enabled() and not self._recorded):
+            weight = self.source.q.weight
+            nothing = weight.new_zeros(*self.keep.shape, self.source.d_model)
+            made = type(self.source).forward(self.source, nothing, mask=self.mask)[1]
+            self._tensor, self._recorded = made, torch.is_grad_enabled()
+        return self._tensor
+
+    def stock(self) -> Tensor:
+        return self.tensor()
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor().shape
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.source).__name__}, {tuple(self.keep.shape)})"
+
+
+class GlobalBlocks(Blocks):
+    """As `Blocks`, with the summed tokens: ``ids (batch, length)`` names the sum that a token is
+    part of (-1: none), ``real (batch, sums)`` the sums that are seen.
+    """
+
+    def __init__(self, source: Any, mask: Tensor, keep: Tensor) -> None:
+        super().__init__(source, mask, keep)
+        stock = sys.modules[_STOCK]
+        ids, real = stock._make_global_fixed_block_ids(mask, source.global_block_size)
+        self.ids, self.real = ids.long(), real.bool()
+        self.sums = self.real.shape[1]
+
+    def side(self) -> Bias:
+        """The bias from tokens to sums."""
+        side: Bias = self._kept()[1]
+        return side
+
+    def _parts(self) -> tuple[Any, ...]:
+        local = super()._parts()
+        if self.sums == 0:
+            return (*local, None)
+        source = self.source
+        weight = source.global_relative_attention_bias.weight
+        distance = torch.arange(-self.sums + 1, self.sums + 1, device=weight.device)
+        index = t5_buckets(
+            distance,
+            buckets=source.relative_attention_num_buckets,
+            max_distance=source.relative_attention_max_distance,
+            bidirectional=not source.is_decoder,
+        )
+        table = weight.index_select(0, index).T
+        ids = self.ids if self.padded else self.ids[:1]
+        places = torch.arange(self.sums, device=weight.device)[:, None]
+        side: Bias = GridRelative(table, ids[..., None], places, center=self.sums - 1)
+        if not bool(self.real.all()):
+            side = add(side, Padding(self.real))
+        return (*local, side)
+
+    def sums_of(self, hidden: Tensor) -> Tensor:
+        """``(batch, sums, dim)``: the sum of the tokens of each block, without a matrix of ones."""
+        batch, _, dim = hidden.shape
+        rows = torch.where(self.ids < 0, self.sums, self.ids)
+        rows = rows + (self.sums + 1) * torch.arange(batch, device=rows.device)[:, None]
+        total = hidden.new_zeros(batch * (self.sums + 1), dim)
+        total = total.index_add(0, rows.flatten(), hidden.reshape(-1, dim))
+        return total.view(batch, self.sums + 1, dim)[:, :-1]
+
+
+def local_forward(
+    module: Any,
+    hidden_states: Tensor,
+    mask: Any = None,
+    position_bias: Any = None,
+    output_attentions: bool = False,
+) -> Any:
+    """In place of ``LongT5LocalAttention.forward``."""
+    family: LongT5 = module._attnbias_fused.family
+    blocks = family.blocks(module, hidden_states, mask, position_bias, output_attentions)
+    if blocks is None:
+        return type(module).forward(module, hidden_states, mask, position_bias, output_attentions)
+    query, key, value = (_heads(module, one(hidden_states)) for one in _maps(module))
+    dropout = module.dropout if module.training else 0.0
+    out = compute(query, key, value, blocks.local(), scale=1.0, dropout=dropout)
+    if blocks.padded:
+        total = _near(value, module.block_len) / (3 * module.block_len)
+        out = torch.where(blocks.keep[:, :, None, None], out, total.transpose(1, 2))
+    return module.o(out.flatten(2)), blocks
+
+
+def global_forward(
+    module: Any,
+    hidden_states: Tensor,
+    mask: Any = None,
+    position_bias: Any = None,
+    output_attentions: bool = False,
+) -> Any:
+    """In place of ``LongT5TransientGlobalAttention.forward``."""
+    family: LongT5Global = module._attnbias_fused.family
+    blocks = family.blocks(module, hidden_states, mask, position_bias, output_attentions)
+    if blocks is None:
+        return type(module).forward(module, hidden_states, mask, position_bias, output_attentions)
+    assert isinstance(blocks, GlobalBlocks)
+    query, key, value = (_heads(module, one(hidden_states)) for one in _maps(module))
+    sums = module.global_input_layer_norm(blocks.sums_of(hidden_states))
+    side_key, side_value = (_heads(module, one(sums)) for one in (module.k, module.v))
+    dropout = module.dropout if module.training else 0.0
+    parts = [_part(query, key, value, blocks.local(), dropout)]
+    if blocks.sums:
+        parts.append(_part(query, side_key, side_value, blocks.side(), dropout))
+    out = merge(parts)[0] if len(parts) > 1 else parts[0][0]
+    if blocks.padded:
+        total = _near(value, module.block_len) + side_value.sum(2, keepdim=True)
+        total = total / (3 * module.block_len + blocks.sums)
+        # A token that is no token sees the sums that are none: they are zero.
+        total = torch.where(blocks.real.all(1)[:, None, None, None], total, 0.0)
+        out = torch.where(blocks.keep[:, None, :, None], out, total)
+    return module.o(out.transpose(1, 2).flatten(2)), blocks
+
+
+def _maps(module: Any) -> tuple[Any, Any, Any]:
+    return module.q, module.k, module.v
+
+
+def _heads(module: Any, states: Tensor) -> Tensor:
+    return states.view(*states.shape[:2], module.n_heads, module.key_value_proj_dim).transpose(1, 2)
+
+
+def _part(
+    query: Tensor, key: Tensor, value: Tensor, bias: Bias, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to one set of keys, with its log-sum-exp."""
+    seen = modes.record()
+    if seen is not None:
+        shape = explain(query, key, value, bias=bias, scale=1.0, dropout=dropout)
+        seen.append((repr(bias), shape.chosen))
+    found = attention(query, key, value, bias=bias, scale=1.0, dropout=dropout, return_lse=True)
+    assert isinstance(found, tuple)
+    return found
+
+
+def _near(value: Tensor, block: int) -> Tensor:
+    """``(batch, heads, length, dim)``: of each token the sum of the values of its block and the
+    two beside it. The stock code gives a token that is none (padding) their mean.
+    """
+    length = value.shape[2]
+    padded = nn.functional.pad(value, (0, 0, 0, -length % block))
+    own = nn.functional.pad(
+        padded.view(*value.shape[:2], -1, block, value.shape[3]).sum(3), (0, 0, 1, 1)
+    )
+    near = own[:, :, :-2] + own[:, :, 1:-1] + own[:, :, 2:]
+    return near.repeat_interleave(block, 2)[:, :, :length]
+
+
+class LongT5(Family):
+    r"""The local attention of LongT5's encoder.
+
+    .. math:: \mathrm{softmax}_{|j - i| \le r}(q_i \cdot k_j + W[\mathrm{bucket}(j - i), h])
+
+    The stock code cuts the text into blocks, and gives each of them the scores of three.
+    Source: Guo et al., "LongT5: Efficient Text-To-Text Transformer for Long Sequences", 2021,
+    arXiv 2112.07916.
+    """
+
+    name = "longt5"
+    form = "T5 buckets in a window"
+    modules: ClassVar[tuple[str, ...]] = (f"{_STOCK}.LongT5LocalAttention",)
+    least = 256 * 256
+    forward: ClassVar[Any] = local_forward
+    travels: ClassVar[type[Blocks]] = Blocks
+
+    def prepare(self, place: Place, door: Door) -> None:
+        door.method(place.module, "forward", type(self).__dict__["forward"])
+
+    def blocks(
+        self, module: Any, hidden: Tensor, mask: Any, position_bias: Any, maps: bool
+    ) -> Blocks | None:
+        """What all layers share, made by the first; None: the stock code computes this call."""
+        batch, length = hidden.shape[:2]
+        needs = torch.is_grad_enabled() and hidden.requires_grad
+        size = Size(batch, module.n_heads, length, length, needs, hidden.dtype, hidden.device)
+        if maps or not isinstance(mask, Tensor) or hidden.dtype not in _DTYPES:
+            return None
+        if not length or not self.takes(size):
+            return None
+        if position_bias is not None:
+            return position_bias if isinstance(position_bias, self.travels) else None
+        keep = self.keep(module, mask, length)
+        return None if keep is None else self.travels(module, mask, keep)
+
+    def keep(self, module: Any, mask: Tensor, length: int) -> Tensor | None:
+        """The real tokens: those that see themselves."""
+        block = module.block_len
+        if mask.shape[1:] != (1, -(-length // block), block, 3 * block):
+            return None
+        own = mask[:, 0].diagonal(block, -2, -1)
+        return own.flatten(1)[:, :length].bool()
+
+    def mask(self, module: Any, batch: int, length: int) -> Tensor:
+        """As the stack makes it."""
+        real = torch.ones(batch, length, device=module.q.weight.device)
+        made: Tensor = sys.modules[_STOCK]._get_local_attention_mask(
+            real, module.block_len, real.device
+        )
+        return made
+
+    def example(
+        self, place: Place, batch: int, length: int, generator: torch.Generator
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        module: Any = place.module
+        hidden = torch.randn(batch, length, module.d_model, generator=generator)
+        mask = self.mask(module, batch, length)
+        given: dict[str, Any] = {"mask": mask}
+        first = next(
+            (
+                one
+                for one in place.owner.modules()
+                if type(one) is type(module) and getattr(one, "has_relative_attention_bias", False)
+            ),
+            module,
+        )
+        if first is not module:
+            keep = torch.ones(batch, length, dtype=torch.bool, device=mask.device)
+            shared = self.travels(first, mask, keep)
+            given["position_bias"] = shared if MARK in vars(module) else shared.tensor()
+        return (hidden.to(module.q.weight),), given
+
+
+class LongT5Global(LongT5):
+    r"""The transient-global attention of LongT5's encoder.
+
+    .. math:: \mathrm{softmax}(q_i \cdot k_j + W[\mathrm{bucket}(j - i), h] \;\text{for}\;
+              |j - i| \le r, \quad q_i \cdot g_b + G[\mathrm{bucket}(b - b(i)), h])
+
+    The sums :math:`g_b` of blocks of tokens are keys of every query. The two sets of keys are
+    computed apart and merged exactly; the stock code holds their scores, and a matrix of ones that
+    adds up the tokens, at once.
+    """
+
+    name = "longt5 global"
+    form = "T5 buckets in a window, and to summed blocks"
+    modules: ClassVar[tuple[str, ...]] = (f"{_STOCK}.LongT5TransientGlobalAttention",)
+    forward: ClassVar[Any] = global_forward
+    travels: ClassVar[type[Blocks]] = GlobalBlocks
+
+    def keep(self, module: Any, mask: Tensor, length: int) -> Tensor | None:
+        if mask.ndim != 2 or mask.shape[1] != length:
+            return None
+        real = mask == 1
+        return real if bool((real | (mask == 0)).all()) else None
+
+    def mask(self, module: Any, batch: int, length: int) -> Tensor:
+        return torch.ones(batch, length, device=module.q.weight.device)
+
+
+class LongT5Decoder(T5):
+    """The attention of LongT5's decoder, which is T5's."""
+
+    name = "longt5 decoder"
+    modules: ClassVar[tuple[str, ...]] = (f"{_STOCK}.LongT5Attention",)
