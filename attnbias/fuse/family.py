@@ -136,7 +136,8 @@ class Family(ABC):
         causal = asks_causal(module, is_causal, original)
         terms = mask_terms(mask, query, key.shape[2], original, causal, type(module).__name__)
         if isinstance(position_bias, PositionBias):
-            terms += [] if position_bias.bias is None else [position_bias.bias]
+            found = position_bias.bias
+            terms += [] if found is None else [found]
         elif position_bias is not None:
             return None
         return compute(

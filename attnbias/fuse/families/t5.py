@@ -1,17 +1,56 @@
-"""T5 and the models that share its attention: a learned table of buckets, shared by all layers."""
+"""T5 and the models that share its attention: a learned table of buckets of distance."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from attnbias import forms
+from attnbias.bias import Relative
+from attnbias.errors import AttnbiasError
+from attnbias.forms.lengths import distances
+from attnbias.forms.t5 import t5_buckets
 from attnbias.fuse import modes
-from attnbias.fuse.door import Door
-from attnbias.fuse.family import Family, Place
+from attnbias.fuse.door import MARK, Door
+from attnbias.fuse.family import Family, Place, Size
 from attnbias.fuse.position import PositionBias
+
+_T5 = "transformers.models.{0}.modeling_{0}.{1}Attention"
+_OWN = ("compute_bias", "_relative_position_bucket")  # what a subclass must not have of its own
+
+
+def strip(module: Any, index: Tensor, queries: int, keys: int, offset: int) -> Relative:
+    """The bias of a module with a table; `index` holds the bucket of each distance.
+
+    Read from the module's own parameter: each layer that is given the bias makes it itself, so its
+    gradient reaches the table whatever order layers are computed again in.
+    """
+    # Not `table[index]`: its gradient is summed in another order each time.
+    rows = module.relative_attention_bias.weight.index_select(0, index)
+    return Relative(rows.T, queries=queries, keys=keys, offset=offset)
+
+
+def structure(module: Any, queries: int, keys: int, offset: int) -> PositionBias:
+    """In place of the tensor that the module's own ``compute_bias`` returns."""
+    table = module.relative_attention_bias.weight
+    index = t5_buckets(
+        distances(queries, keys, offset, table.device),
+        buckets=module.relative_attention_num_buckets,
+        max_distance=module.relative_attention_max_distance,
+        bidirectional=bidirectional(module),
+    )
+    made = functools.partial(strip, module, index, queries, keys, offset)
+    return PositionBias(made, table.dtype)
+
+
+def bidirectional(module: Any) -> bool:
+    """Whether buckets tell keys before the query from those after it."""
+    # Pix2Struct has a decoder only, which does not say so.
+    return not getattr(module, "is_decoder", True)
 
 
 def compute_bias(
@@ -30,20 +69,20 @@ def compute_bias(
         return type(module).compute_bias(
             module, query_length, key_length, device=device, past_seen_tokens=past_seen_tokens
         )
-    form = forms.T5(
-        module.n_heads,
-        buckets=module.relative_attention_num_buckets,
-        max_distance=module.relative_attention_max_distance,
-        bidirectional=not module.is_decoder,
-        table=module.relative_attention_bias.weight,
-    )
-    bias = form(query_length, key_length, offset=int(past_seen_tokens))
-    return PositionBias(bias, module.relative_attention_bias.weight.dtype)
+    return structure(module, query_length, key_length, int(past_seen_tokens))
+
+
+def no_bias(module: Any, *_: Any, **__: Any) -> PositionBias:
+    """In place of the zeros of a module without a table."""
+    return PositionBias(None)
 
 
 def forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """In place of the forward of a module without a table: no N x N tensor of zeros is made."""
-    if len(args) < 3 and kwargs.get("position_bias") is None:
+    if len(args) > 2:
+        if args[2] is None:
+            args = (*args[:2], PositionBias(None), *args[3:])
+    elif kwargs.get("position_bias") is None:
         kwargs["position_bias"] = PositionBias(None)
     return type(module).forward(module, hidden_states, *args, **kwargs)
 
@@ -53,36 +92,157 @@ class T5(Family):
 
     .. math:: \mathrm{softmax}(q_i \cdot k_j + W[\mathrm{bucket}(j - i), h])
 
+    Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+    Transformer", 2020, arXiv 1910.10683, section 2.1.
+
     The position bias travels between layers as a structure in place of a tensor; a causal mask and
-    padding join it. Cross-attention, which the stock code gives a tensor of zeros, gets none.
+    padding join it. Cross-attention, which the stock code gives a tensor of zeros, gets none. In
+    UMT5 each layer has a table of its own; in Pix2Struct the text decoder alone has one.
     """
 
     name = "t5"
     form = "T5 buckets"
     modules: ClassVar[tuple[str, ...]] = (
-        "transformers.models.t5.modeling_t5.T5Attention",
-        "transformers.models.mt5.modeling_mt5.MT5Attention",
+        _T5.format("t5", "T5"),
+        _T5.format("mt5", "MT5"),
+        _T5.format("umt5", "UMT5"),
+        _T5.format("switch_transformers", "SwitchTransformers"),
+        _T5.format("pop2piano", "Pop2Piano"),
+        _T5.format("pix2struct", "Pix2StructText"),
+        _T5.format("udop", "Udop"),
     )
     least = 128 * 128
 
-    def structured(self, module: nn.Module, queries: int, keys: int) -> bool:
+    def structured(self, module: Any, queries: int, keys: int) -> bool:
         """Whether the bias of so many scores is made as a structure."""
+        if type(module.relative_attention_bias) is not nn.Embedding:
+            return False  # wrapped since the model was fused
+        return self.pays(module.relative_attention_bias.weight.device, queries, keys)
+
+    def takes(self, size: Size) -> bool:
+        return self.pays(size.device, size.queries, size.keys)
+
+    def pays(self, device: torch.device, queries: int, keys: int) -> bool:
+        """Whether the fused route is taken; the bias and the attention must decide alike."""
         wanted = modes.route()
         if wanted is not None:
             return wanted == "fused"
-        device: torch.device = module.relative_attention_bias.weight.device  # type: ignore[union-attr,assignment]
         return device.type == "cpu" and queries * keys >= self.least
 
+    def refuse(self, place: Place) -> str:
+        module: Any = place.module
+        kind = type(module)
+        known = next(one for one in kind.__mro__ if _path(one) in self.modules)
+        for name in _OWN:
+            own = inspect.getattr_static(module, name, None)
+            if own is not inspect.getattr_static(known, name, None):
+                return f"it has a {name} of its own, other than that of {known.__name__}."
+        if known.__name__ == "UdopAttention" and not module.is_decoder:
+            return (
+                "UDOP's encoder adds a bias of where words stand on the page, which comes as a "
+                "tensor from outside of its attention."
+            )
+        if not getattr(module, "has_relative_attention_bias", False):
+            return ""
+        table = module.relative_attention_bias
+        if type(table) is not nn.Embedding or table.max_norm is not None:
+            return f"its table is a {type(table).__name__} in place of a plain nn.Embedding."
+        try:
+            forms.T5(
+                module.n_heads,
+                buckets=module.relative_attention_num_buckets,
+                max_distance=module.relative_attention_max_distance,
+                bidirectional=bidirectional(module),
+                table=table.weight,
+            )
+        except AttnbiasError as error:
+            return str(error)
+        return ""
+
     def prepare(self, place: Place, door: Door) -> None:
-        if getattr(place.module, "has_relative_attention_bias", False):
-            door.method(place.module, "compute_bias", compute_bias)
-        else:
-            door.method(place.module, "forward", forward)
+        module: Any = place.module
+        if getattr(module, "has_relative_attention_bias", False):
+            door.method(module, "compute_bias", compute_bias)
+        elif "position_bias" in _takes(module):
+            door.method(module, "forward", forward)
+        else:  # UMT5 asks its own modules alone
+            door.set(module, "has_relative_attention_bias", True)
+            door.method(module, "compute_bias", no_bias)
 
     def example(
         self, place: Place, batch: int, length: int, generator: torch.Generator
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         module: Any = place.module
-        weight = module.q.weight
-        hidden = torch.randn(batch, length, module.d_model, generator=generator).to(weight)
-        return (hidden,), {}
+        weight = next(module.parameters())
+        size = getattr(module, "d_model", None) or module.hidden_size
+        hidden = torch.randn(batch, length, size, generator=generator).to(weight)
+        keep = torch.ones(batch, length, dtype=torch.long)
+        if batch > 1:
+            keep[-1, length - length // 3 :] = 0
+        other = None
+        if _crosses(place.name):
+            other = torch.randn(batch, length, size, generator=generator).to(weight)
+        given: dict[str, Any] = {}
+        accepted = _takes(module)
+        for name in ("mask", "attention_mask"):
+            if name in accepted:
+                given[name] = _mask(module, hidden, keep, other)
+        for name in ("key_value_states", "encoder_hidden_states"):
+            if name in accepted and other is not None:
+                given[name] = other
+        holder = None if other is not None else _holder(place)
+        if "position_bias" in accepted and holder is not None:
+            fused = MARK in vars(module) and self.structured(holder, length, length)
+            with torch.no_grad():
+                given["position_bias"] = (
+                    structure(holder, length, length, 0)
+                    if fused
+                    else type(holder).compute_bias(holder, length, length)
+                )
+        return (hidden,), given
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _takes(module: nn.Module) -> Any:
+    """Names of the arguments of its class's forward."""
+    return inspect.signature(type(module).forward).parameters
+
+
+def _crosses(name: str) -> bool:
+    """Whether a module attends to the encoder's outputs, by its name: it does not know itself."""
+    return "EncDecAttention" in name or "encoder_decoder_attention" in name
+
+
+def _holder(place: Place) -> Any:
+    """The module of the same stack whose table a module without one is given; None: it has one."""
+    if getattr(place.module, "has_relative_attention_bias", False) and "compute_bias" not in vars(
+        place.module
+    ):
+        return None
+    for other in place.owner.modules():
+        if type(other) is type(place.module) and isinstance(
+            getattr(other, "relative_attention_bias", None), nn.Embedding
+        ):
+            return None if other is place.module else other
+    return None
+
+
+def _mask(module: Any, hidden: Tensor, keep: Tensor, other: Tensor | None) -> Any:
+    """The mask that the model would make for the attention of `module`; None where it has none."""
+    from transformers import masking_utils
+
+    config = module.config
+    if other is not None:
+        return masking_utils.create_bidirectional_mask(
+            config=config, inputs_embeds=hidden, attention_mask=keep, encoder_hidden_states=other
+        )
+    if not module.is_causal:
+        return masking_utils.create_bidirectional_mask(
+            config=config, inputs_embeds=hidden, attention_mask=keep
+        )
+    return masking_utils.create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=keep, past_key_values=None
+    )
