@@ -1,6 +1,7 @@
-"""What families of a bias per head and key share: ALiBi under softmax, and one query at a time.
+r"""What families of a bias per head and key share: ALiBi under softmax, and one query at a time.
 
-.. math:: \\mathrm{softmax}_j(q_i \\cdot k_j + m_h (j - i)) = \\mathrm{softmax}_j(q_i \\cdot k_j + m_h j)
+.. math::
+    \mathrm{softmax}_j(q_i \cdot k_j + m_h (j - i)) = \mathrm{softmax}_j(q_i \cdot k_j + m_h j)
 
 A number that is the same for all keys of a row changes nothing, so ALiBi (Press, Smith and Lewis,
 "Train Short, Test Long", 2022, arXiv 2108.12409) is a number per head and key, O(heads x keys).

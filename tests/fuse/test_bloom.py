@@ -36,7 +36,8 @@ class TestBloom(Padded, Mapped, Checkpointed, Pretrained, Generating):
     def build(self, **changes: Any) -> nn.Module:
         from transformers import BloomConfig, BloomForCausalLM
 
-        return BloomForCausalLM(BloomConfig(**{**SMALL, **changes}))
+        model: nn.Module = BloomForCausalLM(BloomConfig(**{**SMALL, **changes}))
+        return model
 
     @contextlib.contextmanager
     def without(self, model: nn.Module) -> Iterator[None]:

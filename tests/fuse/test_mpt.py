@@ -36,10 +36,11 @@ class TestMpt(Padded, Mapped, Checkpointed, Pretrained, Generating):
         from transformers import MptConfig, MptForCausalLM
 
         dropout = changes.pop("attn_pdrop", 0.1)
-        model = MptForCausalLM(MptConfig(**{**SMALL, **changes}))
+        model: Any = MptForCausalLM(MptConfig(**{**SMALL, **changes}))
         for block in model.transformer.blocks:  # this config takes whole numbers alone
             block.attn.attn_dropout_p = dropout
-        return model
+        found: nn.Module = model
+        return found
 
     @contextlib.contextmanager
     def without(self, model: nn.Module) -> Iterator[None]:
