@@ -89,6 +89,10 @@ class Family(ABC):
         """Why this module of a known class is left alone; empty where it is not."""
         return ""
 
+    def kind(self, place: Place) -> object:
+        """What tells modules of one class and shape apart, beyond their flags: each is checked."""
+        return None
+
     @abstractmethod
     def prepare(self, place: Place, door: Door) -> None:
         """Plan the changes of one module."""

@@ -232,7 +232,8 @@ def _groups(places: dict[Place, Any]) -> list[list[Place]]:
             for name, value in vars(place.module).items()
             if isinstance(value, (bool, str)) and name not in ("training", "_is_hf_initialized")
         )
-        groups.setdefault((family.name, type(place.module), shapes, flags), []).append(place)
+        key = (family.name, type(place.module), family.kind(place), shapes, flags)
+        groups.setdefault(key, []).append(place)
     return list(groups.values())
 
 

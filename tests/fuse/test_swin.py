@@ -1,0 +1,47 @@
+"""Swin and its copies, fused beside stock."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tests.cases.fuse_parts import Checkpointed, Mapped, Pretrained
+
+SMALL = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+}
+
+
+class Images:
+    """Inputs are images; a `length` is their height, odd widths beside."""
+
+    sharp: ClassVar[str] = r"(q_proj|k_proj|query|key)\.weight"
+    sharpness: ClassVar[float] = 30.0
+    dropout_names: ClassVar[tuple[str, ...]] = (
+        "attention_probs_dropout_prob",
+        "hidden_dropout_prob",
+        "drop_path_rate",
+    )
+    patch: ClassVar[int] = 2
+    least: ClassVar[int] = 2 * 2 * 5  # sides of an image whose maps are all larger than a window
+
+    def inputs(self, batch: int, length: int) -> dict[str, Tensor]:
+        height = max(length, self.least)
+        return {"pixel_values": torch.randn(batch, 3, height, height + 7)}
+
+
+class TestSwin(Images, Mapped, Checkpointed, Pretrained):
+    def build(self, **changes: Any) -> nn.Module:
+        from transformers import SwinConfig, SwinModel
+
+        dropout = {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+        model: nn.Module = SwinModel(SwinConfig(**{**SMALL, **dropout, **changes}))
+        return model
