@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
 from attnbias.fuse.families import FAMILIES
 from attnbias.fuse.family import Family, Place
 from attnbias.fuse.known import REFUSED
+from attnbias.fuse.scan import biased, changed, replaced, shadowed
 from attnbias.hub.sites import pretrained_class
 
 
@@ -44,6 +46,11 @@ def find(root: nn.Module) -> Found:
             if path in REFUSED:
                 _leave(found, name, module, REFUSED[path])
                 break
+        else:
+            signs = biased(cast(Hashable, type(module)))
+            if signs:
+                said = f"its code speaks of {signs[0]}, and no family knows its class."
+                _leave(found, name, module, said)
     return found
 
 
@@ -53,11 +60,15 @@ def _leave(found: Found, name: str, module: nn.Module, reason: str) -> None:
 
 
 def _reason(place: Place, kind: type, family: Family) -> str:
-    own = type(place.module)
-    if own.forward is not kind.forward:  # type: ignore[attr-defined]
-        return f"it has a forward of its own, other than that of {kind.__name__}."
-    if "forward" in vars(place.module) and "_old_forward" not in vars(place.module):
-        return "another library has replaced its forward."
+    names = ", ".join(changed(type(place.module), kind))
+    if names:
+        return f"it has {names} of its own, other than {kind.__name__}."
+    names = ", ".join(replaced(kind))
+    if names:
+        return f"another library has replaced {names} of {kind.__name__}."
+    names = ", ".join(shadowed(place.module))
+    if names:
+        return f"another library has replaced its {names}."
     return family.refuse(place)
 
 
