@@ -27,6 +27,7 @@ ORDER = (
     "benchmarks.observe",
     "benchmarks.observe_peers",
     "benchmarks.steer",
+    "benchmarks.fuse",
     "benchmarks.page",
 )
 

@@ -1,0 +1,142 @@
+"""The report of `benchmarks.fuse`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks import common
+from benchmarks.fuse_grid import BARE, FUSED, LINES, STOCK, Cell, verdicts
+
+KINDS = {"forward": "", "training": ", training step", "token": ", decoded tokens"}
+
+
+def payload(grid: Mapping[str, Any], cells: tuple[Cell, ...]) -> dict[str, Any]:
+    """The result file: the grid and what became of the goals."""
+    return {**grid, "goals": verdicts(grid["groups"], cells)}
+
+
+def seconds(value: float) -> str:
+    """Seconds with three digits: `0.0123`, `1.23`, `12.3`."""
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 1 else f"{value:.3g}"
+
+
+def _time(cell: dict[str, Any]) -> str:
+    if cell["status"] != "ok" or "median_s" not in cell:
+        return str(cell["status"])
+    return seconds(cell["median_s"])
+
+
+def _range(ratios: dict[str, float], name: str) -> str:
+    if name not in ratios:
+        return ""
+    words = f"{ratios[name]:.2f}"
+    if f"{name}_low" in ratios:
+        words += f" ({ratios[f'{name}_low']:.2f} to {ratios[f'{name}_high']:.2f})"
+    return words
+
+
+def _error(ratios: dict[str, float], name: str) -> str:
+    return f"{ratios[name]:.0e}" if name in ratios else ""
+
+
+def time_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for group in groups:
+        what = f"{group['size']:,} {group.get('unit', '')}{KINDS[group['kind']]}"
+        if group["status"] != "ok":
+            rows.append([what, f"{group['status']}: {group['reason']}", *[""] * 6])
+            continue
+        lines, ratios = group["lines"], group["ratios"]
+        stock = _time(lines[STOCK])
+        if "variant" in lines[STOCK]:
+            stock += f" ({lines[STOCK]['variant']})"
+        way = ", ".join(lines[FUSED].get("lowering", [])) or lines[FUSED].get("reason", "")
+        rows.append(
+            [
+                what,
+                stock,
+                _time(lines[FUSED]),
+                _time(lines[BARE]),
+                _range(ratios, "faster"),
+                _range(ratios, "over_bare"),
+                _error(ratios, "difference"),
+                way,
+            ]
+        )
+    return rows
+
+
+def memory_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for group in groups:
+        what = f"{group['size']:,} {group.get('unit', '')}{KINDS[group['kind'].split()[-1]]}"
+        if group["status"] != "ok":
+            rows.append([what, f"{group['status']}: {group['reason']}", *[""] * 5])
+            continue
+        lines, ratios = group["lines"], group["ratios"]
+        cells = [
+            f"{lines[line]['peak'] / 1e9:.2f}"
+            if lines[line]["status"] == "ok"
+            else f"{lines[line]['status']}: {lines[line]['reason']}"
+            for line in LINES
+        ]
+        extra = [
+            f"{ratios[name]:,.0f}" if name in ratios else ""
+            for name in ("stock_extra_mb", "extra_mb")
+        ]
+        part = f"{ratios['memory']:.2f}" if "memory" in ratios else ""
+        rows.append([what, *cells, part, *extra])
+    return rows
+
+
+def goal_rows(goals: list[dict[str, Any]]) -> list[str]:
+    """The goals that fall short, and in a line how many of each hold."""
+    found = []
+    for words in dict.fromkeys(goal["words"] for goal in goals):
+        same = [goal for goal in goals if goal["words"] == words]
+        found.append(f"- {words}: {sum(goal['holds'] for goal in same)} of {len(same)} hold")
+        for goal in same:
+            if not goal["holds"]:
+                bound = "at least" if goal["least"] else "at most"
+                value = "not measured" if goal["value"] is None else f"{goal['value']:.3g}"
+                found.append(
+                    f"  - FALLS SHORT: {goal['cell']}: {value}, goal {bound} {goal['limit']:g}"
+                )
+    return found
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The report: every model with its cells, then the goals."""
+    from benchmarks.fuse_models import SUBJECTS
+
+    parts = [
+        "# Real models fused, beside stock and beside their bias removed",
+        common.header_markdown(result),
+        "Float32, random weights, tables from N(0, 1), batch 1 unless said. Seconds are medians; "
+        "in brackets after a ratio the quartiles of single rounds (lowest and highest below five). "
+        "Difference: the largest of the fused output (training: of the gradients) from stock, over "
+        "the largest value. Memory: peak resident size of a fresh process in GB (10^9 bytes), and "
+        "in MB beyond the process with the bias removed.",
+    ]
+    if not result["complete"]:
+        parts.append(f"Not measured yet: {', '.join(result['missing'])}.")
+    groups = list(result["groups"].values())
+    times = ["size", "stock, s", "fused, s", "bias removed, s", "times faster than stock",
+             "over bias removed", "difference", "lowering"]  # fmt: skip
+    peaks = ["memory", "stock, GB", "fused, GB", "bias removed, GB", "fused / stock",
+             "stock beyond removed, MB", "fused beyond removed, MB"]  # fmt: skip
+    for name in dict.fromkeys(group["subject"] for group in groups):
+        here = [group for group in groups if group["subject"] == name]
+        words = SUBJECTS[name].words if name in SUBJECTS else "missing"
+        parts.append(f"## {name}: {words}")
+        timed = [group for group in here if not group["kind"].startswith("memory")]
+        rest = [group for group in here if group["kind"].startswith("memory")]
+        if timed:
+            parts.append(common.markdown_table(times, time_rows(timed)))
+        if rest:
+            parts.append(common.markdown_table(peaks, memory_rows(rest)))
+    goals = result["goals"]
+    kept = sum(goal["holds"] for goal in goals)
+    parts += [f"## Goals\n\n{kept} of {len(goals)} hold.", "\n".join(goal_rows(goals))]
+    return "\n\n".join(part for part in parts if part) + "\n"
