@@ -78,12 +78,14 @@ class Family(ABC):
         name: short, for people. modules: dotted paths of the classes it knows.
         form: the bias in words. least: from how many scores of one head (queries * keys) on the
             fused route is taken; measured by ``python -m benchmarks.fuse``.
+        longest: the gain of one module is measured at no more than this length; None: at any.
     """
 
     name: ClassVar[str]
     modules: ClassVar[tuple[str, ...]]
     form: ClassVar[str]
     least: ClassVar[int] = 0
+    longest: ClassVar[int | None] = None
 
     def refuse(self, place: Place) -> str:
         """Why this module of a known class is left alone; empty where it is not."""
@@ -107,6 +109,12 @@ class Family(ABC):
         model makes in other ways (masks, position biases) is to be made as it makes it. A module
         of fixed length ignores `length`.
         """
+
+    def output(self, found: Any) -> Tensor:
+        """What the check compares of the output of a module: by default the first of a tuple."""
+        out = found[0] if isinstance(found, tuple) else found
+        assert isinstance(out, Tensor)
+        return out
 
     def takes(self, size: Size) -> bool:
         """Whether a call of this size takes the fused route."""

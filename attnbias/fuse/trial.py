@@ -35,16 +35,10 @@ class Gain:
         return self.stock / self.fused
 
 
-def _first(output: Any) -> Tensor:
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, Tensor)
-    return found
-
-
 def _call(place: Place, family: Family, batch: int, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     args, kwargs = family.example(place, batch, length, generator)
-    return _first(place.module(*args, **kwargs)).detach()
+    return family.output(place.module(*args, **kwargs)).detach()
 
 
 def differs(place: Place, family: Family, door: Door) -> tuple[str, float, tuple[str, str]]:
@@ -79,6 +73,7 @@ def differs(place: Place, family: Family, door: Door) -> tuple[str, float, tuple
 def measured(place: Place, family: Family, door: Door, batch: int, length: int) -> Gain:
     """Time of both routes by turns, the median of a few rounds; each decides by size as ever."""
     times: dict[str, list[float]] = {"stock": [], "fused": []}
+    length = length if family.longest is None else min(length, family.longest)
     with evaluating(place.module), torch.no_grad():
         for number in range(ROUNDS + 1):
             for which in ("stock", "fused"):

@@ -83,6 +83,7 @@ class EsmFoldTriangle(Family):
     form = "pair bias, one matrix for all rows"
     modules: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldTriangleAttention",)
     least = 16 * 16
+    longest = 256
 
     def prepare(self, place: Place, door: Door) -> None:
         door.method(place.module, "forward", triangle)
@@ -209,6 +210,7 @@ class EsmFoldBlock(Family):
     form = "pair bias"
     modules: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldTriangularSelfAttentionBlock",)
     least = 16 * 16
+    longest = 256
 
     def prepare(self, place: Place, door: Door) -> None:
         door.method(place.module, "forward", block)
@@ -224,6 +226,9 @@ class EsmFoldBlock(Family):
             if not stands(child, kind):
                 return f"its {type(child).__name__} was changed or is listened to by a hook."
         return ""
+
+    def output(self, found: Any) -> Tensor:
+        return torch.cat([one.flatten() for one in found])
 
     def example(
         self, place: Place, batch: int, length: int, generator: torch.Generator
