@@ -94,8 +94,9 @@ class TestPrivacyFilter(Sinks, Trained):
     def build(self, **changes: Any) -> nn.Module:
         from transformers import OpenAIPrivacyFilterConfig, OpenAIPrivacyFilterModel
 
+        more = {"num_local_experts": 2, "num_experts_per_tok": 2}
         model: nn.Module = OpenAIPrivacyFilterModel(
-            OpenAIPrivacyFilterConfig(**{**SMALL, **changes})
+            OpenAIPrivacyFilterConfig(**{**SMALL, **more, **changes})
         )
         return model
 

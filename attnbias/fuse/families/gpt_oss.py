@@ -104,7 +104,7 @@ class Sinks(KeyFamily):
 
 
 def _rotary(place: Place, hidden: Tensor) -> Any:
-    """The rotary positions of the model that the module belongs to; None where it can do without."""
+    """The rotary positions of the model that the module belongs to; None where it has none."""
     rotary = getattr(place.owner, "rotary_emb", None)
     if rotary is None:
         return None
