@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from attnbias.bias import Bias, Dense, GridRelative, Padding, add
+from attnbias.bias import Bias, Dense, GridRelative, Padding, Relative, add
 from attnbias.forms.t5 import t5_buckets
 from attnbias.fuse.door import MARK, Door, Mark
 from attnbias.fuse.family import Family, Place, Size, compute
@@ -16,8 +16,21 @@ from attnbias.fuse.interface import stock_mask
 from attnbias.fuse.position import PositionBias
 from attnbias.hub.masks import mask_terms
 
+# Entries of a bias up to which it is built once for all layers: 32 MB. A page of 512 words and 196
+# patches in 12 heads has 24 MB, of which the stock code holds five at a time.
+KEPT = 2**23
+
 _V3 = "transformers.models.layoutlmv3.modeling_layoutlmv3"
 _V2 = "transformers.models.layoutlmv2.modeling_layoutlmv2"
+
+
+class _Layers(PositionBias):
+    """A bias with what the first layer of a forward has made of it, for those after it."""
+
+    def __init__(self, bias: Bias, dtype: torch.dtype) -> None:
+        super().__init__(bias, dtype)
+        self.mask: Any = None
+        self.whole: Bias | None = None
 
 
 def _distances(weight: Tensor, places: Tensor, bins: int, far: int) -> GridRelative:
@@ -40,7 +53,7 @@ def text_bias(encoder: Any, position_ids: Tensor) -> Any:
         return getattr(type(encoder), type(family or LayoutLMv3()).text)(encoder, position_ids)
     weight = encoder.rel_pos_bias.weight
     bias = _distances(weight, position_ids, encoder.rel_pos_bins, encoder.max_rel_pos)
-    return PositionBias(bias, weight.dtype)
+    return _Layers(bias, weight.dtype)
 
 
 def page_bias(encoder: Any, bbox: Tensor) -> Any:
@@ -53,7 +66,7 @@ def page_bias(encoder: Any, bbox: Tensor) -> Any:
     bias = add(
         _distances(across, bbox[..., 0], bins, far), _distances(down, bbox[..., 3], bins, far)
     )
-    return PositionBias(bias, across.dtype)
+    return _Layers(bias, across.dtype)
 
 
 def _family(encoder: Any) -> LayoutLMv3 | None:
@@ -91,10 +104,9 @@ def forward(
         one.view(batch, length, heads, -1).transpose(1, 2)
         for one in family.projected(module, hidden_states)
     )
-    terms = family.terms(module, rel_pos, rel_2d_pos)
-    terms += family.hidden(attention_mask, query, length, mark.original, type(module).__name__)
+    bias = family.bias(module, query, attention_mask, rel_pos, rel_2d_pos)
     dropout = module.dropout.p if module.training else 0.0
-    out = compute(query, key, value, add(*terms) if terms else None, dropout=dropout)
+    out = compute(query, key, value, bias, dropout=dropout)
     return out.flatten(2), None
 
 
@@ -115,7 +127,7 @@ class LayoutLMv3(Family):
     encoder: ClassVar[str] = f"{_V3}.LayoutLMv3Encoder"
     text: ClassVar[str] = "_cal_1d_pos_emb"
     page: ClassVar[str] = "_cal_2d_pos_emb"
-    least = 128 * 128
+    least = 192 * 192
 
     def encoder_of(self, place: Place) -> Any:
         """The encoder that a module is part of; None outside of one."""
@@ -152,6 +164,26 @@ class LayoutLMv3(Family):
         return length > 0 and self.takes(
             Size(batch, heads, length, length, False, kind, places.device)
         )
+
+    def bias(self, module: Any, query: Tensor, mask: Any, text: Any, page: Any) -> Bias | None:
+        """All that is added to the scores; made by the first layer, built while it is small."""
+        mark: Mark = module._attnbias_fused
+        shared = text if page is None else page
+        if isinstance(shared, _Layers) and shared.whole is not None and shared.mask is mask:
+            return shared.whole
+        terms = self.terms(module, text, page)
+        terms += self.hidden(mask, query, query.shape[2], mark.original, type(module).__name__)
+        if not terms:
+            return None
+        whole = add(*terms)
+        size = (whole.batch, whole.heads, query.shape[2], query.shape[2])
+        if math.prod(size) <= KEPT and not isinstance(whole, (Relative, Padding)):
+            built = torch.zeros(size, device=query.device)
+            whole.add_to(built)
+            whole = Dense(built)
+        if isinstance(shared, _Layers):
+            shared.mask, shared.whole = mask, whole
+        return whole
 
     def projected(self, module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``(batch, length, features)``."""
