@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from attnbias.fuse import modes
+
 if TYPE_CHECKING:
     from attnbias.fuse.family import Family
 
@@ -38,6 +40,7 @@ class Method:
     def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
         self.function, self.module = function, module
 
+    @modes.outside_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.module, *args, **kwargs)
 

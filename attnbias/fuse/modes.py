@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import nn
 
 Route = Literal["fused", "stock"]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _State(threading.local):
@@ -51,6 +52,16 @@ def recording() -> Iterator[list[tuple[str, str]]]:
 def record() -> list[tuple[str, str]] | None:
     """Where calls are recorded now; None: nowhere."""
     return _state.seen
+
+
+def outside_graphs(function: F) -> F:
+    """Keep `function` out of compiled graphs: one graph break for each attention of a fused model.
+
+    The route of a call is decided by its size and its thread, not once for a graph; and a graph of
+    our loops over blocks would be made anew for every length, in minutes.
+    """
+    said = "attnbias computes attention outside graphs; compile a fused model without fullgraph"
+    return cast(F, torch.compiler.disable(function, reason=said))  # type: ignore[no-untyped-call]
 
 
 # Maps: a fused module has none to give, so a forward that asks for them is the stock one. ---------

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 import attnbias as ab
-from attnbias.errors import Refused
 from tests.cases.fuse import VOCABULARY
 from tests.cases.fuse_parts import Checkpointed, Generating, Mapped, Padded, Pretrained, Trained
 from tests.fuse.test_t5 import SMALL
