@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnbias.errors import Refused
+from attnbias.fuse import modes
 from attnbias.fuse.door import MARK, Mark
 from attnbias.fuse.position import PositionBias
 from attnbias.hub.parsing import Rule
@@ -24,6 +25,7 @@ SUPPORTED = ("sdpa", "eager")
 _originals: dict[int, tuple[Any, str]] = {}  # id of a config -> itself and what it named
 
 
+@modes.outside_graphs
 def attention_function(
     module: nn.Module,
     query: Tensor,
@@ -67,6 +69,7 @@ def mark_of(module: nn.Module) -> Mark:
     return Mark(None, known[1])
 
 
+@modes.outside_graphs
 def mask_function(*args: Any, **kwargs: Any) -> MaskRequest:
     """What transformers calls for a mask under our name: the request is kept, not carried out."""
     given = kwargs.get("attention_mask")
