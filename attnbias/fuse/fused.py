@@ -18,8 +18,9 @@ from attnbias.fuse.family import Place
 from attnbias.fuse.find import Found, find
 from attnbias.fuse.interface import SUPPORTED, switching
 from attnbias.fuse.trial import Gain, differs, measured
+from attnbias.hub.checks import ASIDES
 from attnbias.hub.device import runs_on
-from attnbias.hub.registry import CONFIG_KEY
+from attnbias.hub.registry import CONFIG_KEY, LOCK, SITES
 from attnbias.hub.sites import unwrap
 
 _fused: weakref.WeakKeyDictionary[nn.Module, Fused] = weakref.WeakKeyDictionary()
@@ -113,7 +114,8 @@ def fuse(
     with the bias as a structure: same outputs, same gradients, same generation, without the N x N
     tensor. Each kind of module is first compared with its own code on random input. Calls that are
     too small to gain, other devices than the CPU, and calls that ask for attention maps take the
-    model's own code. Weights, configs and state dicts are untouched.
+    model's own code. Weights, configs and state dicts are untouched. In a context of `observe` or
+    `steer` the model computes by its own code, too, and is fused again after.
 
     Args:
         model: a transformers model or any module that holds known ones. It may train, generate, be
@@ -133,6 +135,7 @@ def fuse(
     root = unwrap(model)
     found = find(root)
     _refuse_double(root)
+    _refuse_context(root)
     if not found.places:
         raise Refused(_nothing(root, found))
     device = runs_on(root)
@@ -157,6 +160,45 @@ def undo(model: nn.Module) -> None:
     if fused is None:
         raise AttnbiasError(f"{type(root).__name__} is not fused.")
     fused.undo()
+
+
+def _step_aside(root: nn.Module) -> Callable[[], None] | None:
+    """Put the own code of fused models back that share modules or configs with `root`."""
+    with LOCK:
+        here = _identities(root)
+        stepped = [
+            fused
+            for other, fused in list(_fused.items())
+            if fused._door.is_open and not here.isdisjoint(_identities(other))
+        ]
+        for fused in stepped:
+            fused._door.close()
+
+    def back() -> None:
+        for fused in reversed(stepped):
+            if fused._root is not None and _fused.get(fused._root) is fused:  # not undone since
+                fused._door.open()
+
+    return back if stepped else None
+
+
+def _identities(root: nn.Module) -> set[int]:
+    found = {id(module) for module in root.modules()}
+    configs = [getattr(module, "config", None) for module in root.modules()]
+    return found | {id(one) for one in configs if one is not None}
+
+
+ASIDES.append(_step_aside)
+
+
+def _refuse_context(root: nn.Module) -> None:
+    for module in root.modules():
+        entry = SITES.get(id(module))
+        if entry is not None and entry[0] is module:
+            raise Refused(
+                f"{type(root).__name__} is being observed or steered; fuse it before that context "
+                "begins, or after it has ended."
+            )
 
 
 def _refuse_double(root: nn.Module) -> None:

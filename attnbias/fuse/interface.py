@@ -15,12 +15,13 @@ from attnbias.errors import Refused
 from attnbias.fuse import modes
 from attnbias.fuse.door import MARK, Mark
 from attnbias.fuse.position import PositionBias
+from attnbias.hub.checks import FUSED
 from attnbias.hub.parsing import Rule
 from attnbias.hub.registry import CONFIG_KEY, LOCK, Registered
 from attnbias.hub.request import MaskRequest
 from attnbias.hub.stock import stock_attention
 
-NAME = "attnbias_fused"
+NAME = FUSED
 SUPPORTED = ("sdpa", "eager")
 _originals: dict[int, tuple[Any, str]] = {}  # id of a config -> itself and what it named
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attnbias.bias import Bias
 from attnbias.errors import Refused
 from attnbias.hub.call import Call
-from attnbias.hub.checks import check, configs, hooked, ignores, one_graph
+from attnbias.hub.checks import ASIDES, check, configs, hooked, ignores, one_graph
 from attnbias.hub.registry import (
     LOCK,
     SITES,
@@ -97,6 +97,10 @@ class Session:
     def open(self) -> None:
         """Switch the model over; on any error everything done so far is undone."""
         try:
+            for aside in ASIDES:
+                back = aside(self.root)
+                if back is not None:
+                    self._undo.append(back)
             check(self.root, self.found)
             register()
             self._undo.append(unregister)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 from torch import nn
@@ -10,6 +10,11 @@ from torch import nn
 from attnbias.errors import Refused
 from attnbias.hub.registry import CONFIG_KEY, CONFIGS, SUPPORTED
 from attnbias.hub.sites import Found, compares_names
+
+# Who has changed a model and steps aside while it is in a context: each takes the root and gives
+# back what brings it in again (None: it has nothing there). `attnbias.fuse` is one.
+ASIDES: list[Callable[[nn.Module], Callable[[], None] | None]] = []
+FUSED = "attnbias_fused"  # the implementation that configs of fused models name
 
 
 def ignores(root: nn.Module) -> str:
@@ -32,6 +37,11 @@ def configs(root: nn.Module, found: list[Found]) -> list[Any]:
         name = known[1] if known else vars(config)[CONFIG_KEY]
         if name in SUPPORTED:
             chosen[id(config)] = config
+        elif name == FUSED:
+            raise Refused(
+                f"{type(root).__name__} is a copy of a fused model, whose own attention cannot be "
+                "put back to be observed or steered; copy the model first, then fuse."
+            )
         elif name is not None:
             raise Refused(
                 f"{type(root).__name__} uses attention implementation {name!r}; write "
