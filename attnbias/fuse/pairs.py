@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnbias.bias import Bias, Dense
-from attnbias.fuse.family import compute
+from attnbias.fuse.family import Family, Size, compute
 
 TOKENS = 2**14  # pairs in a block: 8 MB in float32 with 128 channels
 MASKS = 4  # different rows of a pair mask; a model makes two, that of real residues and nothing
@@ -55,6 +55,17 @@ class Heads:
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.out(out)
+
+
+def takes(module: nn.Module, z: Tensor, heads: int, rows: int) -> bool:
+    """Whether a fused module takes the fused route for ``z (batch, N, N, channels)``.
+
+    rows: how many rows attend, each to N keys.
+    """
+    family: Family = module._attnbias_fused.family  # type: ignore[union-attr,assignment]
+    n, learning = z.shape[1], torch.is_grad_enabled()
+    size = Size(z.shape[0] * rows, heads, n, n, learning, z.dtype, z.device)
+    return n > 0 and family.takes(size)
 
 
 def blocks(rows: int, width: int, tokens: int = TOKENS) -> Iterator[slice]:

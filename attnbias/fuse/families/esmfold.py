@@ -6,24 +6,15 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnbias.fuse.door import Door
-from attnbias.fuse.family import Family, Place, Size
+from attnbias.fuse.family import Family, Place
 from attnbias.fuse.pair_products import stands, transition, triangle_product, with_outer
-from attnbias.fuse.pairs import Heads, row_attention, triangle_attention
+from attnbias.fuse.pairs import Heads, row_attention, takes, triangle_attention
 
 MODELS = "transformers.models.esm.modeling_esmfold"
 BEST_CHUNK = 4  # rows at a time, of the stock code's triangle attention; measured
-
-
-def takes(module: nn.Module, z: Tensor, heads: int, rows: int) -> bool:
-    """Whether a call on ``z (batch, N, N, channels)`` is fused."""
-    family: Family = module._attnbias_fused.family  # type: ignore[union-attr,assignment]
-    length = z.shape[1]
-    learning = torch.is_grad_enabled()
-    size = Size(z.shape[0] * rows, heads, length, length, learning, z.dtype, z.device)
-    return z.shape[1] > 0 and family.takes(size)
 
 
 def triangle_heads(mha: Any) -> Heads:
