@@ -78,11 +78,14 @@ class Family(ABC):
         name: short, for people. modules: dotted paths of the classes it knows.
         form: the bias in words. least: from how many scores of one head (queries * keys) on the
             fused route is taken; measured by ``python -m benchmarks.fuse``.
+        parts: dotted paths of the classes of attention inside its modules, computed along with
+            them.
         longest: the gain of one module is measured at no more than this length; None: at any.
     """
 
     name: ClassVar[str]
     modules: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]] = ()
     form: ClassVar[str]
     least: ClassVar[int] = 0
     longest: ClassVar[int | None] = None

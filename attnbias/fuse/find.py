@@ -31,10 +31,15 @@ def path_of(kind: type) -> str:
 def find(root: nn.Module) -> Found:
     """Walk a model."""
     known = {path: family for family in FAMILIES for path in family.modules}
+    parts = {path for family in FAMILIES for path in family.parts}
     found = Found()
     for name, module, owner in _walk(root):
         for kind in type(module).__mro__:
             path = path_of(kind)
+            if path in parts:
+                if not _inside(name, found):
+                    _leave(found, name, module, "it stands in no module that a family replaces.")
+                break
             if path in known:
                 place = Place(name, module, owner)
                 reason = _reason(place, kind, known[path])
@@ -52,6 +57,11 @@ def find(root: nn.Module) -> Found:
                 said = f"its code speaks of {signs[0]}, and no family knows its class."
                 _leave(found, name, module, said)
     return found
+
+
+def _inside(name: str, found: Found) -> bool:
+    """Whether a module stands below one that is replaced; those come first in the walk."""
+    return any(not one.name or name.startswith(f"{one.name}.") for one in found.places)
 
 
 def _leave(found: Found, name: str, module: nn.Module, reason: str) -> None:

@@ -164,7 +164,11 @@ def table() -> list[Row]:
 def _families() -> dict[str, tuple[str, str]]:
     from attnbias.fuse.families import FAMILIES
 
-    return {path: (family.name, family.form) for family in FAMILIES for path in family.modules}
+    return {
+        path: (family.name, family.form)
+        for family in FAMILIES
+        for path in (*family.modules, *family.parts)
+    }
 
 
 def _rows(classes: dict[str, Seen]) -> Iterable[Row]:

@@ -8,6 +8,7 @@ one copy (pad, roll and partition in one), and back by another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -22,6 +23,8 @@ from attnbias.fuse.family import compute
 
 # Entries of the masks of all kinds that a module keeps between calls: 2 MB in float32.
 KEPT = 2**19
+# Entries of the masks of all kinds, up to which they are made at all: 16 MB.
+LARGEST = 2**22
 # Entries of the masks of all windows, up to which one call is faster than one a kind: 1 MB.
 TOGETHER = 2**18
 
@@ -140,35 +143,51 @@ def _bias(table: Tensor, windows: Windows, kind: int, hidden: float) -> Bias:
 
 
 class Kept:
-    """The masks of a module's windows, as long as its table stays the same."""
+    """The masks of a module's windows, as long as what they are made of stays the same."""
 
     def __init__(self) -> None:
-        self._found: tuple[Tensor, tuple[int, int, float], Tensor] | None = None
+        self._found: tuple[tuple[Tensor, ...], tuple[int, int, float], Tensor] | None = None
 
-    def masks(self, table: Tensor, windows: Windows, hidden: float) -> Tensor:
-        """``(kinds, heads, tokens, tokens)`` of one kind without a shift, else of all four."""
-        table = table.detach()
+    def masks(
+        self,
+        sources: tuple[Tensor, ...],
+        table: Callable[[], Tensor],
+        windows: Windows,
+        hidden: float,
+    ) -> Tensor:
+        """``(kinds, heads, tokens, tokens)`` of one kind without a shift, else of all four.
+
+        Sources are compared entry by entry: a table may change in ways that leave no trace.
+        """
         key = (windows.window, windows.shift, hidden)
         found = self._found
         if (
             found is not None
             and found[1] == key
-            and found[0].dtype == table.dtype
-            and torch.equal(found[0], table)
-            and (torch.is_inference_mode_enabled() or not found[0].is_inference())
+            and len(found[0]) == len(sources)
+            and (torch.is_inference_mode_enabled() or not found[2].is_inference())
+            and all(_same(one, other) for one, other in zip(found[0], sources, strict=True))
         ):
             return found[2]
-        every = range(4 if windows.shift else 1)
-        made = torch.cat([_bias(table, windows, kind, hidden).dense() for kind in every])
-        self._found = (table.clone(), key, made) if made.numel() <= KEPT else None
-        return made
+        every, made = range(4 if windows.shift else 1), table().detach()
+        masks = torch.cat([_bias(made, windows, kind, hidden).dense() for kind in every])
+        if masks.numel() <= KEPT:
+            self._found = (tuple(one.detach().clone() for one in sources), key, masks)
+        else:
+            self._found = None
+        return masks
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    table: Tensor,
+    sources: tuple[Tensor, ...],
+    table: Callable[[], Tensor],
     windows: Windows,
     kept: Kept,
     *,
@@ -180,28 +199,30 @@ def attend(
     size)``.
 
     Args:
-        table: ``(heads, 2 window - 1, 2 window - 1)`` by key minus query.
+        sources: tensors that the table depends on; masks are kept while they stay the same.
+        table: makes ``(heads, 2 window - 1, 2 window - 1)`` by key minus query.
         kept: where masks are kept from call to call.
         hidden: what the model adds where two tokens were no neighbours: a number, which hides them
             as long as scores are small beside it.
     """
     heads, tokens = query.shape[1], windows.tokens
-    learns = torch.is_grad_enabled() and table.requires_grad
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in sources)
     entries = heads * tokens**2
-    if learns or dropout or entries * (4 if windows.shift else 1) > KEPT:
+    if learns or dropout or entries * (4 if windows.shift else 1) > LARGEST:
+        made = table()
         parts = [
             compute(
                 query[part],
                 key[part],
                 value[part],
-                _bias(table, windows, kind, hidden),
+                _bias(made, windows, kind, hidden),
                 scale=scale,
                 dropout=dropout,
             )
             for kind, part in windows.kinds
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-    masks = kept.masks(table, windows, hidden)
+    masks = kept.masks(sources, table, windows, hidden)
     if len(windows.kinds) > 1 and windows.count * entries <= TOGETHER:
         which = [kind for kind, part in windows.kinds for _ in range(part.start, part.stop)]
         return compute(query, key, value, Dense(masks[which]), scale=scale)

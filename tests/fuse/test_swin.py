@@ -45,3 +45,54 @@ class TestSwin(Images, Mapped, Checkpointed, Pretrained):
         dropout = {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
         model: nn.Module = SwinModel(SwinConfig(**{**SMALL, **dropout, **changes}))
         return model
+
+
+class TestDonutSwin(Images, Mapped, Checkpointed, Pretrained):
+    def build(self, **changes: Any) -> nn.Module:
+        from transformers import DonutSwinConfig, DonutSwinModel
+
+        dropout = {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+        model: nn.Module = DonutSwinModel(DonutSwinConfig(**{**SMALL, **dropout, **changes}))
+        return model
+
+
+class TestMaskFormerSwin(Images, Checkpointed, Pretrained):
+    def build(self, **changes: Any) -> nn.Module:
+        from transformers import MaskFormerSwinConfig
+        from transformers.models.maskformer.modeling_maskformer_swin import MaskFormerSwinModel
+
+        dropout = {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+        config = MaskFormerSwinConfig(**{**SMALL, **dropout, **changes})
+        model: nn.Module = MaskFormerSwinModel(config)
+        return model
+
+
+class TestSwinV2(Images, Mapped, Checkpointed, Pretrained):
+    tables: ClassVar[str] = r"continuous_position_bias_mlp\.2"
+    sharp: ClassVar[str] = r"logit_scale"
+    sharpness: ClassVar[float] = 1.05
+
+    def build(self, **changes: Any) -> nn.Module:
+        from transformers import Swinv2Config, Swinv2Model
+
+        dropout = {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+        model: nn.Module = Swinv2Model(Swinv2Config(**{**SMALL, **dropout, **changes}))
+        return model
+
+
+class TestSwin2SR(Images, Checkpointed, Pretrained):
+    tables: ClassVar[str] = r"continuous_position_bias_mlp\.2"
+    sharp: ClassVar[str] = r"logit_scale"
+    sharpness: ClassVar[float] = 1.05
+
+    def build(self, **changes: Any) -> nn.Module:
+        from transformers import Swin2SRConfig, Swin2SRModel
+
+        dropout = {"attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1}
+        config = Swin2SRConfig(**{**SMALL, "patch_size": 1, **dropout, **changes})
+        model: nn.Module = Swin2SRModel(config)
+        return model
+
+    def inputs(self, batch: int, length: int) -> dict[str, Tensor]:
+        size = -(-max(length // 2, 8) // 4) * 4  # the stock code takes multiples of the window
+        return {"pixel_values": torch.randn(batch, 3, size, size + 4)}

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnbias.forms.vit import by_distance
 from attnbias.fuse.door import MARK, Door
 from attnbias.fuse.family import Family, Place, Size
+from attnbias.fuse.scan import changed, replaced, shadowed
 from attnbias.fuse.windows import Kept, Windows, attend, back, cut, into
 
 KEPT = "_attnbias_windows"
@@ -26,6 +27,10 @@ def _signature(kind: Any) -> inspect.Signature:
 def core(layer: Any) -> Any:
     """The module of a layer that has the projections of queries, keys and values."""
     return getattr(layer.attention, "self", layer.attention)
+
+
+def path_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def projected(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,23 +51,17 @@ def dropout_of(module: Any) -> float:
     return float(module.dropout.p if own is None else own)
 
 
-def table_of(module: Any) -> Tensor:
-    """``(heads, 2 window - 1, 2 window - 1)`` by key minus query."""
-    own = getattr(module, "relative_position_bias", module)
-    return by_distance(own.relative_position_bias_table, tuple(own.window_size))
-
-
 def attention_forward(module: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """In place of the forward of the module with the projections."""
     windows = args[0] if args else kwargs.get("attention_mask")
     if not isinstance(windows, Windows):
         return type(module).forward(module, hidden_states, *args, **kwargs)
-    query, key, value = projected(module, hidden_states)
+    own = getattr(module, "relative_position_bias", module)
+    table = own.relative_position_bias_table
     out = attend(
-        query,
-        key,
-        value,
-        table_of(module),
+        *projected(module, hidden_states),
+        (table,),
+        functools.partial(by_distance, table, tuple(own.window_size)),
         windows,
         getattr(module, KEPT),
         dropout=dropout_of(module),
@@ -79,7 +78,10 @@ def layer_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     hidden, (height, width) = given["hidden_states"], given["input_dimensions"]
     if hasattr(module, "set_shift_and_window_size") and not given.get("always_partition"):
         module.set_shift_and_window_size((height, width))
-    if not family.fits(module, hidden, height, width):
+    more = {**given, **given.pop("kwargs", {})}
+    asked = any(more.get(name) is not None for name in ("head_mask", "layer_head_mask"))
+    asked = asked or bool(more.get("output_attentions"))
+    if asked or not family.fits(module, hidden, height, width):
         return kind.forward(module, *args, **kwargs)
     if getattr(module, "gradient_checkpointing", False) and module.training:
         # Here the class's own forward would checkpoint itself.
@@ -109,6 +111,29 @@ class Swin(Family):
         "transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer",
         "transformers.models.clap.modeling_clap.ClapAudioLayer",
     )
+    parts: ClassVar[tuple[str, ...]] = (
+        "transformers.models.swin.modeling_swin.SwinAttention",
+        "transformers.models.swin.modeling_swin.SwinSelfAttention",
+        "transformers.models.donut.modeling_donut_swin.DonutSwinSelfAttention",
+        "transformers.models.maskformer.modeling_maskformer_swin.MaskFormerSwinSelfAttention",
+        "transformers.models.clap.modeling_clap.ClapAudioSelfAttention",
+    )
+
+    # What the module with the projections does in place of its forward.
+    attention_forward: ClassVar[Any] = staticmethod(attention_forward)
+
+    def refuse(self, place: Place) -> str:
+        inner = core(place.module)
+        for module in (inner, cast(nn.Module, place.module.attention)):
+            known = [one for one in type(module).__mro__ if path_of(one) in self.parts]
+            if module is inner and not known:
+                return f"its attention is {type(module).__name__}, which is not known."
+            names = shadowed(module)
+            if known:
+                names += changed(type(module), known[0]) + replaced(known[0])
+            if names:
+                return f"its {type(module).__name__} has {', '.join(names)} of its own."
+        return ""
 
     def kind(self, place: Place) -> object:
         return bool(place.module.shift_size)
@@ -116,7 +141,7 @@ class Swin(Family):
     def prepare(self, place: Place, door: Door) -> None:
         module = core(place.module)
         door.set(module, KEPT, Kept())
-        door.method(module, "forward", attention_forward)
+        door.method(module, "forward", self.attention_forward)
         door.method(place.module, "forward", layer_forward)
 
     def fits(self, module: Any, hidden: Tensor, height: int, width: int) -> bool:
