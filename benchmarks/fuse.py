@@ -33,6 +33,7 @@ from benchmarks.fuse_grid import BARE, FUSED, GRID, LINES, QUICK, STOCK, Cell, f
 from benchmarks.fuse_report import markdown, payload
 
 MODULE = "benchmarks.fuse"
+KINDS = ("forward", "training", "token", "memory")
 START = 7.0  # seconds until a process has loaded everything
 REFERENCE = 0.0095  # seconds of unbiased attention, 8 heads of 64, 1,024 tokens, two idle cores
 
@@ -57,7 +58,7 @@ def cost(cell: Cell, budget: float, slower: float = 1.0) -> float:
         return seconds + START * len(LINES)
     least = 1 if budget < 1 else least_rounds(cell.seconds)
     rounds = common.rounds_for(seconds, budget=budget, least=least, most=25)
-    trials = 1.2 * seconds  # of the stock ways
+    trials = 1.2 * seconds if cell.seconds < LARGE else 0.0  # of the stock ways
     warm = seconds if cell.seconds < LARGE else 0.1 * seconds
     return seconds * rounds + trials + warm + 1.0
 
@@ -132,10 +133,13 @@ def _watch(process: subprocess.Popen[str], limit: float) -> Callable[[], None]:
 
 def failed(cell: Cell, reason: str) -> dict[str, Any]:
     """The group of a cell that could not be measured."""
+    from benchmarks.fuse_models import SUBJECTS
+
     return {
         "subject": cell.subject,
         "kind": cell.kind,
         "size": cell.size,
+        "unit": SUBJECTS[cell.subject].unit if cell.subject in SUBJECTS else "",
         "status": "failed",
         "reason": reason[:300],
         "started": common.now(),
@@ -183,13 +187,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n")[0])
     made.add_argument("--quick", action="store_true", help="one tiny size, written to out/ instead")
     made.add_argument("--only", nargs="+", metavar="NAME", help="only models with such a word")
-    made.add_argument(
-        "--kind", nargs="+", metavar="KIND", help="only forward, training, token, memory"
-    )
+    made.add_argument("--kind", nargs="+", choices=KINDS, help="only these kinds of cells")
     made.add_argument("--size", type=int, nargs="+", metavar="N", help="only these sizes")
     made.add_argument("--fresh", action="store_true", help="measure again what is there already")
     made.add_argument("--minutes", type=float, default=30.0, help="end within so many minutes")
-    made.add_argument("--budget", type=float, default=6.0, help="seconds of a small cell, roughly")
+    made.add_argument("--budget", type=float, default=4.0, help="seconds of a small cell, roughly")
     made.add_argument("--threads", type=int, help="threads of torch (its own choice when left out)")
     made.add_argument("--out", type=Path, help="the JSON file (benchmarks/results/...)")
     for name in ("--line", "--variant"):
@@ -205,7 +207,7 @@ def selected(args: argparse.Namespace) -> list[Cell]:
         words = [word.lower() for word in args.only or ()]
         return (
             (not words or any(word in cell.subject.lower() for word in words))
-            and (not args.kind or any(word in cell.kind for word in args.kind))
+            and (not args.kind or ("memory" if cell.memory else cell.kind) in args.kind)
             and (not args.size or cell.size in args.size)
         )
 
@@ -289,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     store(cell, memory(cell, groups, args.threads))
                     advance(costs[cell.key], cell.key)
                 continue
-            limit = 60 + 3 * sum(costs[cell.key] for cell in cells)
+            limit = min(120 + 6 * sum(costs[cell.key] for cell in cells), max(left(), 0) + 120)
             for cell, group in run_child(cells, budget, limit, args.threads):
                 store(cell, group)
                 advance(costs[cell.key], cell.key)

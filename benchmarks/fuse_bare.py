@@ -271,6 +271,31 @@ def _fold_sequence_forward(module: Any, x: Tensor, *_: Any, **__: Any) -> Any:
     return module.o_proj(out), None
 
 
+def _rows_forward(
+    module: Any, z: Tensor, mask: Any = None, chunk_size: int | None = None
+) -> Tensor:
+    z = module.norm(z.transpose(1, 2) if module.ending else z)
+    parts = [one(z) for one in (module.query, module.key, module.value)]
+    query, key, value = (
+        one.unflatten(-1, (module.heads, module.size)).transpose(-2, -3).flatten(0, 1)
+        for one in parts
+    )
+    found = F.scaled_dot_product_attention(query, key, value).transpose(-2, -3).flatten(-2)
+    out: Tensor = module.out(found.view(*z.shape[:3], -1) * module.gate(z).sigmoid())
+    return out.transpose(1, 2) if module.ending else out
+
+
+def _pairs_forward(module: Any, s: Tensor, z: Tensor, keep: Any = None) -> Tensor:
+    s = module.norm(s)
+    query, key, value = (
+        one(s).unflatten(-1, (module.heads, module.size)).transpose(1, 2)
+        for one in (module.query, module.key, module.value)
+    )
+    found = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    out: Tensor = module.out(module.gate(s).sigmoid() * found)
+    return out
+
+
 def _forward(function: Callable[..., Any]) -> Callable[[Any], None]:
     return lambda module: _method(module, "forward", function)
 
@@ -296,4 +321,6 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "EsmFoldTriangleAttention": _forward(_triangle_forward),
     "EsmFoldAttention": _forward(_fold_attention_forward),
     "EsmFoldSelfAttention": _forward(_fold_sequence_forward),
+    "TriangleAttention": _forward(_rows_forward),
+    "AttentionPairBias": _forward(_pairs_forward),
 }

@@ -48,12 +48,12 @@ GRID: tuple[Cell, ...] = (
     *_cells(
         "T5",
         forward={512: 0.5, 1024: 1.5, 2048: 4.6, 4096: 13, 8192: 40, 16384: 120},
-        memory_forward={4096: 13, 8192: 40, 16384: 120},
+        memory_forward={8192: 40, 16384: 120},
     ),
-    *_cells("T5, padded", forward={512: 2, 1024: 5}),
+    *_cells("T5, padded", forward={1024: 5}),
     *_cells(
         "T5, training",
-        training={512: 0.9, 1024: 2.5, 2048: 8, 4096: 31},
+        training={512: 0.9, 1024: 2.5, 4096: 31},
         memory_training={4096: 31},
     ),
     *_cells("T5, decoding", token={512: 0.5, 2048: 0.6}),
@@ -65,13 +65,13 @@ GRID: tuple[Cell, ...] = (
             memory_forward={4096: 8}),
     *_cells("gpt-oss", forward={512: 0.5, 2048: 3, 4096: 10}, token={2048: 0.8},
             memory_forward={4096: 10}),
-    *_cells("ESMFold", forward={256: 1.5, 512: 8, 1024: 60}, memory_forward={512: 8, 1024: 60}),
+    *_cells("ESMFold", forward={256: 1.5, 512: 8, 1024: 60}, memory_forward={1024: 60}),
     *_cells("Pairformer", forward={256: 1.5, 512: 8, 1024: 60},
-            memory_forward={512: 8, 1024: 60}),
+            memory_forward={1024: 60}),
     *_cells("Swin", forward={224: 0.3, 384: 0.8, 512: 1.4, 1024: 6}, memory_forward={1024: 6}),
     *_cells("Swin v2", forward={224: 0.4, 384: 1, 512: 1.8, 1024: 7}, memory_forward={1024: 7}),
     *_cells("BEiT", forward={224: 0.3, 384: 1, 512: 2, 1024: 20}, memory_forward={1024: 20}),
-    *_cells("LayoutLMv3", forward={512: 2, 1024: 5, 2048: 16}, memory_forward={2048: 16}),
+    *_cells("LayoutLMv3", forward={512: 2, 1024: 5, 2048: 16}),
     *_cells("LongT5", forward={1024: 1.5, 4096: 6, 16384: 40}, memory_forward={16384: 40}),
 )  # fmt: skip
 QUICK: dict[str, int] = {"tokens": 256, "pixels": 224, "residues": 48}  # unit -> size
@@ -94,19 +94,17 @@ _CORE = (
 
 def fingerprint(subject: str) -> str:
     """Of all code that a subject's numbers depend on: other families are not among it."""
-    folder = common.ROOT / "attnbias" / "fuse" / "families"
-    todo, found = [FAMILIES[subject]], {"plain"}
+    todo, found = [f"families/{FAMILIES[subject]}"], set[str]()
     while todo:
         name = todo.pop()
-        path = folder / f"{name}.py"
+        path = common.ROOT / "attnbias" / "fuse" / f"{name}.py"
         if name in found or not path.is_file():
             continue
         found.add(name)
-        text = path.read_text(encoding="utf-8")
-        todo += re.findall(r"attnbias\.fuse\.families\.(\w+) import", text)
-        todo += re.findall(r"from attnbias\.fuse\.families import (\w+)", text)
-    files = sorted(f"attnbias/fuse/families/{name}.py" for name in found - {"plain"})
-    return common.fingerprint(*_CORE, "attnbias/fuse/plain", *files)
+        imported = re.findall(r"attnbias\.fuse\.([\w.]+) import", path.read_text(encoding="utf-8"))
+        todo += [one.replace(".", "/") for one in imported]
+    parts = sorted(f"attnbias/fuse/{name}.py" for name in found)
+    return common.fingerprint(*_CORE, "attnbias/fuse/plain", *parts)
 
 
 # Goals -------------------------------------------------------------------------------------------
