@@ -50,6 +50,8 @@ def attention_function(
 
 def stock_mask(mask: Any, original: str, query: Tensor) -> Any:
     """The mask that the model's own code would have been given."""
+    if isinstance(mask, PositionBias):
+        return mask.stock()
     if not isinstance(mask, MaskRequest):
         return mask
     mask = mask.stock(original)

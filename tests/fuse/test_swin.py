@@ -96,3 +96,34 @@ class TestSwin2SR(Images, Checkpointed, Pretrained):
     def inputs(self, batch: int, length: int) -> dict[str, Tensor]:
         size = -(-max(length // 2, 8) // 4) * 4  # the stock code takes multiples of the window
         return {"pixel_values": torch.randn(batch, 3, size, size + 4)}
+
+
+class TestClapAudio(Images, Pretrained):
+    """A map of frequencies and time in place of an image, with batch norm before it."""
+
+    def build(self, **changes: Any) -> nn.Module:
+        from transformers import ClapAudioConfig, ClapAudioModel
+
+        config = ClapAudioConfig(
+            **{
+                "window_size": 4,
+                "spec_size": 32,
+                "num_mel_bins": 16,
+                "patch_size": 2,
+                "patch_stride": [2, 2],
+                "patch_embeds_hidden_size": 16,
+                "hidden_size": 64,
+                "depths": [2, 2],
+                "num_attention_heads": [2, 4],
+                "drop_path_rate": 0.0,
+                "enable_fusion": False,
+                "attention_probs_dropout_prob": 0.1,
+                "hidden_dropout_prob": 0.1,
+                **changes,
+            }
+        )
+        model: nn.Module = ClapAudioModel(config)
+        return model
+
+    def inputs(self, batch: int, length: int) -> dict[str, Tensor]:
+        return {"input_features": torch.randn(batch, 1, max(8, min(length, 64)), 16)}
