@@ -34,7 +34,7 @@ from benchmarks.fuse_report import markdown, payload
 
 MODULE = "benchmarks.fuse"
 KINDS = ("forward", "training", "token", "memory")
-START = 7.0  # seconds until a process has loaded everything
+START = 6.0  # seconds until a process has loaded everything
 REFERENCE = 0.0095  # seconds of unbiased attention, 8 heads of 64, 1,024 tokens, two idle cores
 
 
@@ -191,7 +191,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--size", type=int, nargs="+", metavar="N", help="only these sizes")
     made.add_argument("--fresh", action="store_true", help="measure again what is there already")
     made.add_argument("--minutes", type=float, default=30.0, help="end within so many minutes")
-    made.add_argument("--budget", type=float, default=4.0, help="seconds of a small cell, roughly")
+    made.add_argument("--budget", type=float, default=3.0, help="seconds of a small cell, roughly")
     made.add_argument("--threads", type=int, help="threads of torch (its own choice when left out)")
     made.add_argument("--out", type=Path, help="the JSON file (benchmarks/results/...)")
     for name in ("--line", "--variant"):

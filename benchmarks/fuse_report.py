@@ -106,6 +106,64 @@ def goal_rows(goals: list[dict[str, Any]]) -> list[str]:
     return found
 
 
+# (subject, kind, size) of the table in the README
+README: tuple[tuple[str, str, int], ...] = (
+    ("T5", "forward", 512),
+    ("T5", "forward", 2048),
+    ("T5", "forward", 8192),
+    ("T5, training", "training", 4096),
+    ("MPT", "forward", 4096),
+    ("Bloom", "forward", 4096),
+    ("Falcon", "forward", 4096),
+    ("gpt-oss", "forward", 4096),
+    ("LongT5", "forward", 16384),
+    ("LayoutLMv3", "forward", 2048),
+    ("Swin", "forward", 1024),
+    ("Swin v2", "forward", 1024),
+    ("BEiT", "forward", 1024),
+    ("ESMFold", "forward", 1024),
+    ("Pairformer", "forward", 1024),
+)
+
+
+def readme(result: Mapping[str, Any]) -> str:
+    """The table of the README and the sentence below it."""
+    groups, rows = result["groups"], []
+    for subject, kind, size in README:
+        group = groups.get(f"{subject}/{kind}/{size}")
+        if group is None:
+            continue
+        what = f"{subject}, {size:,} {group['unit']}"
+        if group["status"] != "ok":
+            rows.append([what, group["status"], *[""] * 4])
+            continue
+        lines, ratios = group["lines"], group["ratios"]
+        memory = groups.get(f"{subject}/memory {kind}/{size}", {}).get("lines", {})
+        peaks = [memory.get(line, {}).get("peak") for line in (STOCK, FUSED)]
+        words = " / ".join(f"{one / 1e9:.2f}" if one else "not measured" for one in peaks)
+        rows.append(
+            [
+                what,
+                _time(lines[STOCK]),
+                _time(lines[FUSED]),
+                f"{ratios['faster']:.2f}" if "faster" in ratios else "",
+                f"{ratios['over_bare']:.2f}" if "over_bare" in ratios else "",
+                words if memory else "",
+            ]
+        )
+    goals = result["goals"]
+    head = ["real models, fused in one call", "stock, s", "fused, s", "times faster",
+            "over bias removed", "peak memory, stock / fused, GB"]  # fmt: skip
+    words = (
+        "Stock at its fastest attention, `ab.fuse(model)`, and the same model with its bias left "
+        "out, by turns in one run; random weights, float32, batch 1; memory is the peak resident "
+        f"size of a fresh process. {sum(one['holds'] for one in goals)} of {len(goals)} goals "
+        "hold. Command: `python -m benchmarks.fuse`; every model and size, and what falls short: "
+        "[benchmarks/results/fuse.md](benchmarks/results/fuse.md)."
+    )
+    return f"{common.markdown_table(head, rows)}\n\n{words}"
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The report: every model with its cells, then the goals."""
     from benchmarks.fuse_models import SUBJECTS

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import prices
+from benchmarks import fuse_report, prices
 from benchmarks.common import ROOT, markdown_table, write_text
 
 README = ROOT / "README.md"
@@ -63,6 +63,8 @@ def table() -> str:
         "the goals: [benchmarks/results/attention_cpu.md](benchmarks/results/attention_cpu.md)."
     )
     parts = [markdown_table(head, rows), "", where, "", *_structures(), _memory(memory)]
+    if (RESULTS / "fuse.json").is_file():
+        parts += [fuse_report.readme(_read("fuse")), ""]
     parts.append(_seen(seen))
     if (RESULTS / "steer.json").is_file():
         parts += ["", _steered(_read("steer"))]
