@@ -116,25 +116,25 @@ def of_model(name: str, revision: str | None, trust_remote_code: bool) -> Iterab
 
 
 def _fusing(model: Any) -> Iterable[str]:
-    from attnbias.fuse.find import find
+    from attnbias.fuse.find import find, path_of
     from attnbias.fuse.known import oldest
     from attnbias.fuse.words import places
 
     found = find(model)
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[type, str], list[str]] = {}
     for place, family in found.places.items():
-        groups.setdefault((type(place.module).__name__, family.name), []).append(place.name)
+        groups.setdefault((type(place.module), family.name), []).append(place.name)
     forms = {family.name: family.form for family in found.places.values()}
     if not groups and not found.left:
         yield "fuse: nothing. It holds no attention with a bias that is known."
     elif not groups:
         yield "fuse: nothing."
     for (kind, who), names in groups.items():
-        since = oldest(who)
+        since = oldest(path_of(kind), who)
         more = f"; transformers {since} or newer" if since else ""
-        yield f"fuse: {places(tuple(names))} ({len(names)} {kind}): {forms[who]}{more}"
-    for (kind, reason), left in found.left.items():
-        yield f"left alone: {places(left)} ({len(left)} {kind}): {reason}"
+        yield f"fuse: {places(tuple(names))} ({len(names)} {kind.__name__}): {forms[who]}{more}"
+    for (name, reason), left in found.left.items():
+        yield f"left alone: {places(left)} ({len(left)} {name}): {reason}"
 
 
 def _seeing(model: Any) -> Iterable[str]:

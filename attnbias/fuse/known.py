@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -133,16 +134,18 @@ class Row:
         return asdict(self)
 
 
+@functools.cache
 def versions() -> dict[str, Any]:
     """What `python -m tests.versions` has recorded; empty before its first run."""
     file = resources.files("attnbias.fuse").joinpath("versions.json")
     return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
 
 
-def oldest(family: str) -> str:
-    """The oldest transformers on which the inherited case of a family's models passed, or ""."""
-    found = versions().get("families", {}).get(family, {})
-    return str(found.get("oldest") or "")
+def oldest(path: str, family: str) -> str:
+    """The oldest transformers on which the cases of a class passed, else those of its family."""
+    found = versions()
+    row = found.get("classes", {}).get(path) or found.get("families", {}).get(family, {})
+    return str(row.get("oldest") or "")
 
 
 def table() -> list[Row]:
@@ -152,12 +155,19 @@ def table() -> list[Row]:
     Classes that families know are there in any case.
     """
     rows: dict[str, Row] = {}
+    families = _families()
+    gone = set()  # classes that only other versions of transformers have
     for module, file in model_files():
-        for row in _rows(read(file.read_text("utf-8"), module)):
+        text = file.read_text("utf-8")
+        for row in _rows(read(text, module)):
             rows[row.path] = row
-    for path, (name, form) in _families().items():
-        if path not in rows:
-            rows[path] = Row(path, "fused", name, form, (), oldest(name))
+        for path in families:
+            home, _, name = path.rpartition(".")
+            if home == module and not re.search(rf"^class {name}\b", text, flags=re.M):
+                gone.add(path)
+    for path, (name, form) in families.items():
+        if path not in rows and path not in gone:
+            rows[path] = Row(path, "fused", name, form, (), oldest(path, name))
     return [rows[path] for path in sorted(rows, key=lambda one: (one.rpartition(".")[0], one))]
 
 
@@ -179,6 +189,8 @@ def _rows(classes: dict[str, Seen]) -> Iterable[Row]:
         if one.attends:
             continue
         below = reached(one, classes) or reaching(one, classes)
+        for base in one.bases:
+            below = below or (reaching(classes[base], classes) if base in classes else [])
         below = [user for user in below if user.signs or _decided(user, classes)] or below
         carriers.append((one, below))
         users.update((user.path, user) for user in below)
@@ -197,7 +209,7 @@ def _attending(one: Seen, classes: dict[str, Seen]) -> Row:
     families = _families()
     if one.path in families:
         name, form = families[one.path]
-        return Row(one.path, "fused", name, form, one.signs, oldest(name))
+        return Row(one.path, "fused", name, form, one.signs, oldest(one.path, name))
     if one.path in REFUSED:
         return Row(one.path, "refused", "", REFUSED[one.path], one.signs)
     for base in one.bases:
@@ -221,10 +233,3 @@ def _carrying(one: Seen, below: list[Row]) -> Row:
     names = ", ".join(row.path.rpartition(".")[2] for row in below)
     families = sorted({row.family for row in below if row.family})
     return Row(one.path, "carries", ", ".join(families), f"for {names}", one.signs)
-
-
-@functools.cache
-def summary() -> dict[str, int]:
-    """How many classes of each status."""
-    found = [row.status for row in table()]
-    return {name: found.count(name) for name in ("fused", "carries", "refused", "unknown")}

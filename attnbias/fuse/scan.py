@@ -205,13 +205,14 @@ _HARMLESS = {"__init__", "extra_repr", "__repr__", *_ONLY_INITIALISES}
 
 
 def replaced(kind: type) -> tuple[str, ...]:
-    """Methods of a class (or its bases) that another library has put there, sorted."""
+    """Methods of a class (or its bases) that another package has put there, sorted."""
     found: set[str] = set()
     for owner in kind.__mro__:
         if owner is nn.Module:
             break
+        home = owner.__module__.partition(".")[0]
         for name, value in vars(owner).items():
-            if isinstance(value, FunctionType) and value.__module__ != owner.__module__:
+            if isinstance(value, FunctionType) and value.__module__.partition(".")[0] != home:
                 found.add(name)
     return tuple(sorted(found))
 
