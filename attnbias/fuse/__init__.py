@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnbias._room import callable_room
+from attnbias.fuse.factors import Factors, Learned, learn
 from attnbias.fuse.families import FAMILIES, register
 from attnbias.fuse.family import Family, Place, Size
 from attnbias.fuse.fused import Fused, LeftAlone, Sites, fuse, undo
@@ -10,14 +11,17 @@ from attnbias.fuse.trial import Gain
 
 __all__ = [
     "FAMILIES",
+    "Factors",
     "Family",
     "Fused",
     "Gain",
+    "Learned",
     "LeftAlone",
     "Place",
     "Sites",
     "Size",
     "fuse",
+    "learn",
     "register",
     "undo",
 ]

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,9 @@ from attnbias.hub.checks import ASIDES
 from attnbias.hub.device import runs_on
 from attnbias.hub.registry import CONFIG_KEY, LOCK, SITES
 from attnbias.hub.sites import unwrap
+
+if TYPE_CHECKING:
+    from attnbias.fuse.factors import Factors
 
 _fused: weakref.WeakKeyDictionary[nn.Module, Fused] = weakref.WeakKeyDictionary()
 
@@ -107,6 +110,7 @@ def fuse(
     check: bool = True,
     measure: bool = True,
     quiet: bool = False,
+    factors: Factors | None = None,
 ) -> Fused:
     """Let the attention of `model` that carries a bias run through structured kernels.
 
@@ -124,6 +128,8 @@ def fuse(
         check: compare each kind of module with its own code first (two small calls).
         measure: time one module of each kind beside its own code at `length`.
         quiet: do not print what was done; `str` of the result says it, too.
+        factors: pair biases of low rank from `attnbias.fuse.learn`, used in place of the exact ones
+            where no gradients are recorded: an approximation.
 
     Returns:
         What was done, with `undo`; as a context manager it undoes at the end of the block.
@@ -142,12 +148,11 @@ def fuse(
     name = type(root).__name__
     left = [LeftAlone(names, kind, reason) for (kind, reason), names in found.left.items()]
     if device.type != "cpu":
-        note = (
-            f"no kernels were measured on {device.type}: nothing was replaced, all is as before."
-        )
+        note = f"no kernels were measured on {device.type}: nothing was replaced, all is as before."
         fused = Fused(name, str(device), left=left, note=note)
     else:
-        fused = _open(root, found, left, check=check, measure=measure, sizes=(batch, length))
+        sizes = (batch, length)
+        fused = _open(root, found, left, check=check, measure=measure, sizes=sizes, factors=factors)
     if not quiet:
         print(fused)
     return fused
@@ -231,6 +236,7 @@ def _open(
     check: bool,
     measure: bool,
     sizes: tuple[int, int],
+    factors: Factors | None,
 ) -> Fused:
     places = dict(found.places)
     fused = Fused(type(root).__name__, "cpu", left=left, _root=root)
@@ -259,6 +265,8 @@ def _open(
             f"{fused.model}: nothing is fused. {fused.left[-1].names[0]}: {fused.left[-1].reason}"
         )
     fused._door = plan(list(places.items()), root)
+    if factors is not None:
+        factors.plan(fused, list(places), fused._door)
     fused._door.open()
     _fused[root] = fused
     return fused

@@ -8,17 +8,22 @@ that beside results of its size only blocks are held, and those stay near the co
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnbias.bias import Bias, Dense
+from attnbias.bias import Bias, Dense, KeyBias
 from attnbias.fuse.family import Family, Size, compute
+from attnbias.fuse.truncation import Truncation
 
 TOKENS = 2**14  # pairs in a block: 8 MB in float32 with 128 channels
 MASKS = 4  # different rows of a pair mask; a model makes two, that of real residues and nothing
+
+FACTORS = "_attnbias_factors"  # what a module carries whose bias is replaced by one of low rank
 
 Map = Callable[[Tensor], Tensor]
 
@@ -103,18 +108,84 @@ def pair_bias(z: Tensor, norm: Map, to_bias: Map, rows: slice | None = None) -> 
     return out
 
 
+@dataclass(frozen=True)
+class Triangle:
+    """The parts of one triangle attention.
+
+    Attributes:
+        norm: of the pairs. to_bias: normed pairs to ``(..., heads)``. heads: the projections.
+        ending: whether columns attend in place of rows.
+        infinity: what hides a key, finite: a row that sees none attends as the stock code lets it.
+        factors: what makes a bias of low rank in place of the pair bias: a `Truncation` of it, or
+            networks of `pair_features`; None: the bias itself.
+    """
+
+    norm: Map
+    to_bias: Map
+    heads: Heads
+    ending: bool
+    infinity: float
+    factors: nn.Module | None = None
+
+    def bias(self, entries: Tensor, seen: Tensor | None) -> Bias:
+        """The pair bias ``(1, heads, N, N)``, keys hidden."""
+        if seen is None:
+            return Dense(entries)
+        return Dense(entries.float() + self.infinity * (seen.float() - 1))
+
+    def low_rank(self, z: Tensor, seen: Tensor | None) -> Bias:
+        """What stands for the bias of ``z (N, N, channels)``."""
+        assert self.factors is not None
+        if isinstance(self.factors, Truncation):
+            entries = pair_bias(z[None], self.norm, self.to_bias)
+            if seen is not None:
+                entries = entries * seen[:, None] * seen
+            found: Bias = self.factors(entries)
+        else:
+            features = pair_features(z, self.norm, seen)
+            found = self.factors(features, features)
+        return found if seen is None else found + KeyBias(self.infinity * (seen.float() - 1))
+
+
+class TriangleFamily(Family):
+    """A family of triangle attention modules: it says what their parts are."""
+
+    form = "pair bias, one matrix for all rows"
+    least = 16 * 16
+    longest = 256
+
+    @abstractmethod
+    def triangle_of(self, module: Any) -> Triangle:
+        """The parts of a module, with the factors it carries."""
+
+
+def carried(module: nn.Module) -> nn.Module | None:
+    """The factors that stand for the bias of a module while it is fused, if any."""
+    found: nn.Module | None = vars(module).get(FACTORS)
+    return found
+
+
+def pair_features(z: Tensor, norm: Map, seen: Tensor | None = None) -> Tensor:
+    """``(N, 3 channels)`` of ``z (N, N, channels)``: of each token the means of its row and column
+    of normed pairs over the tokens that are seen, and its own pair.
+    """
+    weight = z.new_ones(z.shape[0]) if seen is None else seen.to(z.dtype)
+    weight = weight / weight.sum().clamp(min=1)
+    rows, own = [], []
+    columns = z.new_zeros(z.shape[1:])
+    for part in blocks(z.shape[0], z.shape[1]):
+        x = norm(z[part])
+        rows.append(torch.einsum("ijc,j->ic", x, weight))
+        columns = columns + torch.einsum("ijc,i->jc", x, weight[part])
+        numbers = torch.arange(part.start, part.stop, device=z.device)
+        own.append(x[numbers - part.start, numbers])
+    return torch.cat([torch.cat(rows), columns, torch.cat(own)], -1)
+
+
 def triangle_attention(
-    z: Tensor,
-    norm: Map,
-    to_bias: Map,
-    heads: Heads,
-    mask: Tensor | None,
-    *,
-    ending: bool,
-    infinity: float,
-    into: Tensor | None = None,
+    z: Tensor, parts: Triangle, mask: Tensor | None, into: Tensor | None = None
 ) -> Tensor | None:
-    r"""Attention of every row of ``z`` (`ending`: of every column) over itself.
+    r"""Attention of every row of ``z`` (around the ending node: of every column) over itself.
 
     .. math:: \mathrm{softmax}_k(q_{ij} \cdot k_{ik} + b_{jk} + \infty (m_{ik} - 1))
 
@@ -122,67 +193,52 @@ def triangle_attention(
 
     Args:
         z: ``(batch, N, N, channels)``. mask: ``(batch, N, N)`` of zeros and ones, or None.
-        infinity: what hides a key, finite: a row that sees none attends as the stock code lets it.
         into: where the result is added, in place (may be `z` itself); without gradients only.
 
     Returns:
         `into`, or the result ``(batch, N, N, channels)``; None where the mask has rows of too many
         kinds.
     """
-    if ending:
+    if parts.ending:
         z = z.transpose(1, 2)
         mask = None if mask is None else mask.transpose(1, 2)
-    kinds = [grouped(None if mask is None else mask[b]) for b in range(z.shape[0])]
-    if any(one is None for one in kinds):
-        return None
-    learning = torch.is_grad_enabled()
-    if learning:
-        out = torch.stack(
-            [
-                _rows_learning(z[b], norm, to_bias, heads, kind or [], infinity)
-                for b, kind in enumerate(kinds)
-            ]
-        )
-        return out.transpose(1, 2) if ending else out
-    if into is not None:
-        target = into.transpose(1, 2) if ending else into
-    else:
+    kinds = []
+    for b in range(z.shape[0]):
+        kind = grouped(None if mask is None else mask[b])
+        if kind is None:
+            return None
+        kinds.append(kind)
+    if torch.is_grad_enabled():
+        out = torch.stack([_learning(z[b], parts, kind) for b, kind in enumerate(kinds)])
+        return out.transpose(1, 2) if parts.ending else out
+    if into is None:
         target = torch.zeros_like(z)
+    else:
+        target = into.transpose(1, 2) if parts.ending else into
+    low, norm = parts.factors is not None, parts.norm
     for b, kind in enumerate(kinds):
-        entries = pair_bias(z[b : b + 1], norm, to_bias)
-        for rows, seen in kind or []:
-            bias = Dense(_hidden(entries, seen, infinity))
+        entries = None if low else pair_bias(z[b : b + 1], norm, parts.to_bias)
+        made = [
+            (parts.low_rank(z[b], seen) if entries is None else parts.bias(entries, seen), rows)
+            for rows, seen in kind
+        ]  # before the first row is changed
+        for bias, rows in made:
             count = z.shape[1] if rows is None else len(rows)
-            for part in blocks(count, z.shape[2]):
-                if rows is None:
-                    target[b, part] += heads.attend(norm(z[b, part]), bias)
-                else:
-                    some = rows[part]
-                    target[b, some] += heads.attend(norm(z[b, some]), bias)
-    return target.transpose(1, 2) if ending else target
+            for part in blocks(count, z.shape[2], (8 if low else 1) * TOKENS):
+                some = part if rows is None else rows[part]
+                target[b, some] += parts.heads.attend(norm(z[b, some]), bias)
+    return target.transpose(1, 2) if parts.ending else target
 
 
-def _hidden(entries: Tensor, seen: Tensor | None, infinity: float) -> Tensor:
-    if seen is None:
-        return entries
-    return entries.float() + infinity * (seen.float() - 1)
-
-
-def _rows_learning(
-    z: Tensor,
-    norm: Map,
-    to_bias: Map,
-    heads: Heads,
-    kinds: list[tuple[Tensor | None, Tensor | None]],
-    infinity: float,
+def _learning(
+    z: Tensor, parts: Triangle, kinds: list[tuple[Tensor | None, Tensor | None]]
 ) -> Tensor:
     """One protein ``(N, N, channels)`` with gradients: all rows of a kind at once."""
-    x = norm(z)
-    entries = to_bias(x).permute(2, 0, 1)[None].contiguous()
+    x = parts.norm(z)
+    entries = parts.to_bias(x).permute(2, 0, 1)[None].contiguous()
     out: Tensor | None = None
     for rows, seen in kinds:
-        bias = Dense(_hidden(entries, seen, infinity))
-        made = heads.attend(x if rows is None else x[rows], bias)
+        made = parts.heads.attend(x if rows is None else x[rows], parts.bias(entries, seen))
         if rows is None:
             return made
         out = made.new_zeros(x.shape[0], *made.shape[1:]) if out is None else out

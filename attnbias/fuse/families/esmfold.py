@@ -11,15 +11,24 @@ from torch import Tensor
 from attnbias.fuse.door import Door
 from attnbias.fuse.family import Family, Place
 from attnbias.fuse.pair_products import stands, transition, triangle_product, with_outer
-from attnbias.fuse.pairs import Heads, row_attention, takes, triangle_attention
+from attnbias.fuse.pairs import (
+    Heads,
+    Triangle,
+    TriangleFamily,
+    carried,
+    row_attention,
+    takes,
+    triangle_attention,
+)
 
 MODELS = "transformers.models.esm.modeling_esmfold"
 BEST_CHUNK = 4  # rows at a time, of the stock code's triangle attention; measured
 
 
-def triangle_heads(mha: Any) -> Heads:
-    """The projections of an ``EsmFoldAttention``."""
-    return Heads(
+def parts(module: Any) -> Triangle:
+    """The parts of an ``EsmFoldTriangleAttention``."""
+    mha = module.mha
+    heads = Heads(
         mha.no_heads,
         mha.linear_q,
         mha.linear_k,
@@ -28,20 +37,8 @@ def triangle_heads(mha: Any) -> Heads:
         mha.linear_o,
         1 / math.sqrt(mha.c_hidden),
     )
-
-
-def _attention(
-    module: Any, z: Tensor, mask: Tensor | None, into: Tensor | None = None
-) -> Tensor | None:
-    return triangle_attention(
-        z,
-        module.layer_norm,
-        module.linear,
-        triangle_heads(module.mha),
-        mask,
-        ending=not module.starting,
-        infinity=module.inf,
-        into=into,
+    return Triangle(
+        module.layer_norm, module.linear, heads, not module.starting, module.inf, carried(module)
     )
 
 
@@ -55,14 +52,14 @@ def triangle(
 ) -> Tensor:
     """In place of ``EsmFoldTriangleAttention.forward``; a chunk size is of no use here."""
     if x.ndim == 4 and takes(module, x, module.no_heads, x.shape[1]):
-        out = _attention(module, x, mask)
+        out = triangle_attention(x, parts(module), mask)
         if out is not None:
             return out
     found: Tensor = type(module).forward(module, x, mask, chunk_size, *args, **kwargs)
     return found
 
 
-class EsmFoldTriangle(Family):
+class EsmFoldTriangle(TriangleFamily):
     r"""Triangle attention of ESMFold, around the starting and the ending node.
 
     .. math:: \mathrm{softmax}_k(q_{ij} \cdot k_{ik} / \sqrt{d} + w_h \cdot \mathrm{LN}(z)_{jk})
@@ -71,10 +68,11 @@ class EsmFoldTriangle(Family):
     """
 
     name = "esmfold triangle"
-    form = "pair bias, one matrix for all rows"
     modules: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldTriangleAttention",)
-    least = 16 * 16
-    longest = 256
+    parts: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldAttention",)
+
+    def triangle_of(self, module: Any) -> Triangle:
+        return parts(module)
 
     def prepare(self, place: Place, door: Door) -> None:
         door.method(place.module, "forward", triangle)
@@ -165,7 +163,7 @@ def _pairs(
     for child in (module.tri_att_start, module.tri_att_end):
         done = None
         if stands(child, stock.EsmFoldTriangleAttention):
-            done = _attention(child, z, mask, into=z)
+            done = triangle_attention(z, parts(child), mask, into=z)
         if done is None:
             z += child(z, mask=mask, chunk_size=chunk_size)
     if stands(module.mlp_pair, stock.EsmFoldResidueMLP):
@@ -200,6 +198,7 @@ class EsmFoldBlock(Family):
     name = "esmfold"
     form = "pair bias"
     modules: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldTriangularSelfAttentionBlock",)
+    parts: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldSelfAttention",)
     least = 16 * 16
     longest = 256
 

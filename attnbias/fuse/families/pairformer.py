@@ -10,15 +10,22 @@ from torch import Tensor
 from attnbias.fuse.door import Door
 from attnbias.fuse.family import Family, Place
 from attnbias.fuse.pair_products import stands, transition, triangle_product
-from attnbias.fuse.pairs import Heads, row_attention, takes, triangle_attention
+from attnbias.fuse.pairs import (
+    Heads,
+    Triangle,
+    TriangleFamily,
+    carried,
+    row_attention,
+    takes,
+    triangle_attention,
+)
 from attnbias.fuse.plain import pairformer as stock
 
 BEST_CHUNK = 4  # rows at a time, of the stock code's triangle attention; measured
 
 
-def _attention(
-    module: stock.TriangleAttention, z: Tensor, mask: Tensor | None, into: Tensor | None = None
-) -> Tensor | None:
+def parts(module: stock.TriangleAttention) -> Triangle:
+    """The parts of a ``TriangleAttention``."""
     heads = Heads(
         module.heads,
         module.query,
@@ -28,10 +35,7 @@ def _attention(
         module.out,
         module.size**-0.5,
     )
-    return triangle_attention(
-        z, module.norm, module.bias, heads, mask,
-        ending=module.ending, infinity=stock.INFINITY, into=into,
-    )  # fmt: skip
+    return Triangle(module.norm, module.bias, heads, module.ending, stock.INFINITY, carried(module))
 
 
 def triangle(
@@ -42,7 +46,7 @@ def triangle(
 ) -> Tensor:
     """In place of ``TriangleAttention.forward``; a chunk size is of no use here."""
     if takes(module, z, module.heads, z.shape[1]):
-        out = _attention(module, z, mask)
+        out = triangle_attention(z, parts(module), mask)
         if out is not None:
             return out
     return type(module).forward(module, z, mask, chunk_size)
@@ -92,7 +96,7 @@ def _pairs_side(
     for child in (module.attention_start, module.attention_end):
         done = None
         if stands(child, stock.TriangleAttention):
-            done = _attention(child, z, pairs, into=z)
+            done = triangle_attention(z, parts(child), pairs, into=z)
         if done is None:
             z += child(z, pairs, chunk_size)
     if stands(module.pair_transition, stock.Transition):
@@ -129,17 +133,17 @@ def _keep(batch: int, length: int) -> Tensor:
     return keep
 
 
-class PairformerTriangle(Family):
+class PairformerTriangle(TriangleFamily):
     r"""Triangle attention of a Pairformer, around the starting and the ending node.
 
     .. math:: \mathrm{softmax}_k(q_{ij} \cdot k_{ik} / \sqrt{c} + w_h \cdot \mathrm{LN}(z)_{jk})
     """
 
     name = "pairformer triangle"
-    form = "pair bias, one matrix for all rows"
     modules: ClassVar[tuple[str, ...]] = (f"{stock.__name__}.TriangleAttention",)
-    least = 16 * 16
-    longest = 256
+
+    def triangle_of(self, module: Any) -> Triangle:
+        return parts(module)
 
     def prepare(self, place: Place, door: Door) -> None:
         door.method(place.module, "forward", triangle)
@@ -164,6 +168,7 @@ class PairformerBlocks(Family):
     name = "pairformer"
     form = "pair bias"
     modules: ClassVar[tuple[str, ...]] = (f"{stock.__name__}.PairformerBlock",)
+    parts: ClassVar[tuple[str, ...]] = (f"{stock.__name__}.AttentionPairBias",)
     least = 16 * 16
     longest = 256
 
