@@ -90,6 +90,16 @@ _WHY: dict[str, tuple[str, ...]] = {
     "its relative positions enter features of pairs, not the scores of an attention.": (
         "esmfold2.EsmFold2ConfidenceHead",
     ),
+    "its mask is a sliding window over atoms and it adds no bias.": (
+        "esmfold2.EsmFold2AtomAttention",
+    ),
+    "the model makes its pair bias once for all steps of the sampler and hands it to sdpa as its "
+    "mask; nothing is made anew.": ("esmfold2.EsmFold2DiffusionAttention",),
+    "its sinks stand beside keys that each query picks by an index of its own.": (
+        "hy_v4.HYV4Attention",
+    ),
+    "it adds a bias between boxes that is made by a network for each page; no family hands it "
+    "over.": ("pp_doclayout_v2.PPDocLayoutV2ReadingOrderSelfAttention",),
     "its position bias weighs the slots of a compressor, not the keys of an attention.": (
         "deepseek_v4.DeepseekV4CSACompressor",
         "deepseek_v4.DeepseekV4HCACompressor",
