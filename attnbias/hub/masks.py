@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnbias.bias import Bias, Causal, Dense
+from attnbias.bias import Bias, Causal, Dense, Padding
 from attnbias.errors import Refused
 from attnbias.hub.request import MaskRequest
 
@@ -67,5 +67,6 @@ def _tensor(mask: Tensor, wanted: tuple[int, int, int, int], who: Any) -> Bias:
     # Transformers writes "hidden" as the lowest number of the dtype.
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     if bool((hidden | (mask == 0)).all()):
-        return Dense(~hidden)
+        keys = mask.shape[1:3] == (1, 1) and mask.shape[3] == wanted[3]
+        return Padding(~hidden[:, 0, 0]) if keys else Dense(~hidden)
     return Dense(mask.masked_fill(hidden, -torch.inf))

@@ -81,11 +81,12 @@ def forward(
     module: Any,
     hidden_states: Tensor,
     attention_mask: Any = None,
+    *more: Any,
     rel_pos: Any = None,
     rel_2d_pos: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """In place of the forward of the self-attention."""
+    """In place of the forward of the self-attention; `more` is what older versions take besides."""
     mark: Mark = module._attnbias_fused
     family = mark.family
     assert isinstance(family, LayoutLMv3)
@@ -95,11 +96,13 @@ def forward(
     needs = torch.is_grad_enabled() and hidden_states.requires_grad
     kind = hidden_states.dtype
     size = Size(batch, heads, length, length, needs, kind, hidden_states.device)
-    if not (length and all(isinstance(one, PositionBias) for one in given) and family.takes(size)):
+    plain = not any(one is not None and one is not False for one in more)
+    structured = plain and length > 0 and all(isinstance(one, PositionBias) for one in given)
+    if not (structured and family.takes(size)):
         attention_mask = stock_mask(attention_mask, mark.original, hidden_states)
-        return type(module).forward(
-            module, hidden_states, attention_mask, rel_pos=rel_pos, rel_2d_pos=rel_2d_pos, **kwargs
-        )
+        named = {"rel_pos": rel_pos, "rel_2d_pos": rel_2d_pos}
+        kwargs.update({name: one for name, one in named.items() if one is not None})
+        return type(module).forward(module, hidden_states, attention_mask, *more, **kwargs)
     query, key, value = (
         one.view(batch, length, heads, -1).transpose(1, 2)
         for one in family.projected(module, hidden_states)
