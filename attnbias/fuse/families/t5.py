@@ -111,23 +111,27 @@ class T5(Family):
         _T5.format("pix2struct", "Pix2StructText"),
         _T5.format("udop", "Udop"),
     )
-    least = 128 * 128
+    least = 256 * 256  # of 8 heads
+    rows = 32  # with fewer queries (a decoded token) the bias is no matrix anyway
 
     def structured(self, module: Any, queries: int, keys: int) -> bool:
         """Whether the bias of so many scores is made as a structure."""
         if type(module.relative_attention_bias) is not nn.Embedding:
             return False  # wrapped since the model was fused
-        return self.pays(module.relative_attention_bias.weight.device, queries, keys)
+        return self.pays(
+            module.relative_attention_bias.weight.device, module.n_heads, queries, keys
+        )
 
     def takes(self, size: Size) -> bool:
-        return self.pays(size.device, size.queries, size.keys)
+        return self.pays(size.device, size.heads, size.queries, size.keys)
 
-    def pays(self, device: torch.device, queries: int, keys: int) -> bool:
+    def pays(self, device: torch.device, heads: int, queries: int, keys: int) -> bool:
         """Whether the fused route is taken; the bias and the attention must decide alike."""
         wanted = modes.route()
         if wanted is not None:
             return wanted == "fused"
-        return device.type == "cpu" and queries * keys >= self.least
+        large = queries * keys * min(heads, 8) >= 8 * self.least
+        return device.type == "cpu" and large and queries >= self.rows
 
     def refuse(self, place: Place) -> str:
         module: Any = place.module
@@ -164,7 +168,8 @@ class T5(Family):
         if getattr(module, "has_relative_attention_bias", False):
             door.method(module, "compute_bias", compute_bias)
         elif "position_bias" in _takes(module):
-            door.method(module, "forward", forward)
+            if _holder(place) is None:  # else it is given the bias of the first layer
+                door.method(module, "forward", forward)
         else:  # UMT5 asks its own modules alone
             door.set(module, "has_relative_attention_bias", True)
             door.method(module, "compute_bias", no_bias)
@@ -190,7 +195,7 @@ class T5(Family):
         for name in ("key_value_states", "encoder_hidden_states"):
             if name in accepted and other is not None:
                 given[name] = other
-        holder = None if other is not None else _holder(place)
+        holder = _holder(place)
         if "position_bias" in accepted and holder is not None:
             fused = MARK in vars(module) and self.structured(holder, length, length)
             with torch.no_grad():
@@ -217,16 +222,12 @@ def _crosses(name: str) -> bool:
 
 
 def _holder(place: Place) -> Any:
-    """The module of the same stack whose table a module without one is given; None: it has one."""
-    if getattr(place.module, "has_relative_attention_bias", False) and "compute_bias" not in vars(
-        place.module
-    ):
+    """The module of the same stack whose bias a module is given; None where it is given none."""
+    if _crosses(place.name) or hasattr(place.module, "relative_attention_bias"):
         return None
     for other in place.owner.modules():
-        if type(other) is type(place.module) and isinstance(
-            getattr(other, "relative_attention_bias", None), nn.Embedding
-        ):
-            return None if other is place.module else other
+        if type(other) is type(place.module) and hasattr(other, "relative_attention_bias"):
+            return other
     return None
 
 
