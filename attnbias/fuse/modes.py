@@ -67,7 +67,7 @@ def outside_graphs(function: F) -> F:
 # Maps: a fused module has none to give, so a forward that asks for them is the stock one. ---------
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_graphs
 def before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Forward pre-hook of the modules that own fused ones."""
     asked = kwargs.get("output_attentions")
@@ -77,7 +77,7 @@ def before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
         _state.asked.append(id(module))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@outside_graphs
 def after_forward(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of the same modules, called also when they raise."""
     if _state.asked and _state.asked[-1] == id(module):
