@@ -10,6 +10,7 @@ import torch.utils._python_dispatch
 from torch import Tensor, nn
 
 import attnbias as ab
+from attnbias.errors import Refused
 from attnbias.fuse import modes
 from tests.cases.fuse import VOCABULARY
 from tests.cases.fuse_parts import Checkpointed, Generating, Padded, Pretrained
@@ -130,7 +131,16 @@ class Local(Base):
 
 
 class TestLocal(Local):
-    pass
+    def test_wrapped_table_is_refused(self) -> None:
+        class Scaled(nn.Embedding):
+            def forward(self, index: Tensor) -> Tensor:
+                return 2 * super().forward(index)
+
+        model: Any = self.model(num_layers=1)
+        table = model.encoder.block[0].layer[0].LocalSelfAttention
+        table.relative_attention_bias = Scaled(32, 4)
+        with pytest.raises(Refused, match="a Scaled in place of a plain"):
+            ab.fuse(model, quiet=True)
 
 
 class TestGlobal(Local):
@@ -183,6 +193,18 @@ class Whole(Base, Generating):
 
     def generate(self, model: Any, given: dict[str, Tensor]) -> Any:
         return super().generate(model, {"input_ids": given["input_ids"]})
+
+    @pytest.mark.parametrize(
+        "how", [{"num_beams": 3}, {"cache_implementation": "static"}, {"use_cache": False}]
+    )
+    def test_generation_of_other_kinds(self, how: dict[str, Any]) -> None:
+        model: Any = self.model()
+        given = {name: one for name, one in self.padded(45)[0].items() if "decoder" not in name}
+        more = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, **how}
+        wanted = model.generate(**given, **more)
+        with ab.fuse(model, quiet=True, measure=False), modes.taking("fused"):
+            found = model.generate(**given, **more)
+        assert torch.equal(found, wanted)
 
 
 class TestLocalWhole(Whole):

@@ -239,6 +239,16 @@ class LongT5(Family):
     forward: ClassVar[Any] = local_forward
     travels: ClassVar[type[Blocks]] = Blocks
 
+    def refuse(self, place: Place) -> str:
+        module: Any = place.module
+        for name in ("relative_attention_bias", "global_relative_attention_bias"):
+            table = getattr(module, name, None)
+            if table is not None and (
+                type(table) is not nn.Embedding or table.max_norm is not None
+            ):
+                return f"its {name} is a {type(table).__name__} in place of a plain nn.Embedding."
+        return ""
+
     def prepare(self, place: Place, door: Door) -> None:
         door.method(place.module, "forward", type(self).__dict__["forward"])
 
@@ -328,3 +338,8 @@ class LongT5Decoder(T5):
 
     name = "longt5 decoder"
     modules: ClassVar[tuple[str, ...]] = (f"{_STOCK}.LongT5Attention",)
+
+    def refuse(self, place: Place) -> str:
+        if getattr(place.module, "config", None) is None:
+            return "this version of transformers gives it no attention function to choose."
+        return super().refuse(place)
