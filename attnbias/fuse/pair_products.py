@@ -6,12 +6,15 @@ stock code, in place, with no more than two tensors of the size of ``z`` beside 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnbias.fuse.pairs import TOKENS, Map, blocks
+from attnbias.fuse.pairs import Map, blocks
+
+PRODUCT = 2**17  # entries of each channel that are summed at once: 64 MB with 128 channels
 
 
 def stands(child: nn.Module, kind: Any) -> bool:
@@ -21,65 +24,71 @@ def stands(child: nn.Module, kind: Any) -> bool:
     return type(child).forward is kind.forward and not hooked and not replaced
 
 
-def _channels_first(z: Tensor, norm: Map, side: Map, mask: Tensor | None, out: Tensor) -> None:
-    """``out (hidden, rows, N)`` of ``z (rows, N, channels)``."""
-    for part in blocks(z.shape[0], z.shape[1]):
-        made = side(norm(z[part]))
-        if mask is not None:
-            made = made * mask[part, :, None]
-        out[:, part] = made.permute(2, 0, 1)
+@dataclass(frozen=True)
+class Product:
+    """The parts of a product over triangles.
+
+    Attributes:
+        norm: of the pairs. sides: (value, gate) of a and of b, maps of normed pairs; a side is the
+            value times the sigmoid of the gate.
+        after: of the sum over k. gate: of normed pairs, what the update is multiplied with.
+        incoming: whether the sum runs over the first index of both sides.
+    """
+
+    norm: Map
+    sides: tuple[tuple[nn.Module, nn.Module], tuple[nn.Module, nn.Module]]
+    after: Map
+    gate: Map
+    incoming: bool
 
 
-def triangle_product(
-    z: Tensor,
-    norm: Map,
-    left: Map,
-    right: Map,
-    after: Map,
-    gate: Map,
-    mask: Tensor | None,
-    *,
-    incoming: bool,
-) -> None:
+def channels_first(part: nn.Module, x: Tensor) -> Tensor:
+    """``part(x).mT`` for ``x (pairs, channels)``, written in that order by the product itself."""
+    if isinstance(part, nn.Linear) and stands(part, nn.Linear):
+        if part.bias is None:
+            return part.weight @ x.mT
+        return torch.addmm(part.bias[:, None], part.weight, x.mT)
+    made: Tensor = part(x)
+    return made.mT
+
+
+def triangle_product(z: Tensor, parts: Product, mask: Tensor | None) -> None:
     r"""Add the product over triangles of a pair representation to it, in place.
 
     .. math:: z_{ij} \mathrel{+}= g_{ij} \cdot W\,\mathrm{LN}\Big(\sum_k a_{ik} b_{jk}\Big)
 
-    (`incoming`: :math:`a_{ki} b_{kj}`).
+    (incoming: :math:`a_{ki} b_{kj}`). Beside ``z`` there are ``a`` and ``b``, channels first, as
+    the product over k wants them.
 
     Args:
         z: ``(batch, N, N, channels)``.
-        left, right: a and b of normed pairs. after: of the sum over k. gate: of normed pairs.
         mask: ``(batch, N, N)``, what a and b are multiplied with, or None.
     """
     n = z.shape[1]
-    hidden = right(norm(z[:1, :1, :1])).shape[-1]
-    step = max(1, min(n, 8 * TOKENS // max(n, 1)))
+    hidden = parts.sides[0][0](parts.norm(z[:1, 0, :1])).shape[-1]
+    made = z.new_empty(2, hidden, n * n)
+    rows = max(1, min(n, PRODUCT // n))
+    space = z.new_empty(hidden, rows, n)
     for b in range(z.shape[0]):
-        source = z[b].transpose(0, 1) if incoming else z[b]
-        seen = None if mask is None else mask[b]
-        if seen is not None and incoming:
-            seen = seen.transpose(0, 1)
-        second = z.new_empty(hidden, n, n)
-        _channels_first(source, norm, right, seen, second)
-        # Outgoing, row i is made of row i and of `second`, so what was changed is not read again.
-        first = z.new_empty(hidden, n if incoming else step, n)
-        if incoming:
-            _channels_first(source, norm, left, seen, first)
-        for rows in blocks(n, 1, step):
-            count = rows.stop - rows.start
-            if incoming:
-                some = first[:, rows]
-            else:
-                some = first[:, :count]
-                _channels_first(
-                    source[rows], norm, left, None if seen is None else seen[rows], some
-                )
-            made = torch.bmm(some, second.mT)
-            for part in blocks(count, n):
-                place = z[b, rows.start + part.start : rows.start + part.stop]
-                update = after(made[:, part].permute(1, 2, 0))
-                place += update * gate(norm(place))
+        source, seen = z[b], None if mask is None else mask[b].to(z.dtype)
+        if parts.incoming:
+            source = source.transpose(0, 1)
+            seen = None if seen is None else seen.transpose(0, 1)
+        for part in blocks(n, n):
+            x = parts.norm(source[part]).flatten(0, 1)
+            place = slice(part.start * n, part.stop * n)
+            for out, (value, gate) in zip(made, parts.sides, strict=True):
+                side = channels_first(gate, x).sigmoid_()
+                torch.mul(side, channels_first(value, x), out=out[:, place])
+                if seen is not None:
+                    out[:, place] *= seen[part].reshape(1, -1)
+        first, second = made.view(2, hidden, n, n)
+        for some in blocks(n, 1, rows):
+            summed = torch.bmm(first[:, some], second.mT, out=space[:, : some.stop - some.start])
+            for part in blocks(summed.shape[1], n):
+                old = z[b, some.start + part.start : some.start + part.stop]
+                update = parts.after(summed[:, part].permute(1, 2, 0))
+                old += update * parts.gate(parts.norm(old))
 
 
 def transition(z: Tensor, change: Map) -> None:

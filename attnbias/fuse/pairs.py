@@ -20,7 +20,7 @@ from attnbias.bias import Bias, Dense, KeyBias
 from attnbias.fuse.family import Family, Size, compute
 from attnbias.fuse.truncation import Truncation
 
-TOKENS = 2**14  # pairs in a block: 8 MB in float32 with 128 channels
+TOKENS = 2**12  # pairs in a block: 2 MB in float32 with 128 channels; measured
 MASKS = 4  # different rows of a pair mask; a model makes two, that of real residues and nothing
 
 FACTORS = "_attnbias_factors"  # what a module carries whose bias is replaced by one of low rank
@@ -224,7 +224,7 @@ def triangle_attention(
         ]  # before the first row is changed
         for bias, rows in made:
             count = z.shape[1] if rows is None else len(rows)
-            for part in blocks(count, z.shape[2], (8 if low else 1) * TOKENS):
+            for part in blocks(count, z.shape[2], (16 if low else 1) * TOKENS):
                 some = part if rows is None else rows[part]
                 target[b, some] += parts.heads.attend(norm(z[b, some]), bias)
     return target.transpose(1, 2) if parts.ending else target
@@ -285,4 +285,4 @@ def row_attention(
 
     if torch.is_grad_enabled():
         return part(None)
-    return torch.cat([part(rows) for rows in blocks(z.shape[1], z.shape[2], 8 * TOKENS)], 1)
+    return torch.cat([part(rows) for rows in blocks(z.shape[1], z.shape[2], 32 * TOKENS)], 1)

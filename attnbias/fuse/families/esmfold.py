@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnbias.fuse.door import Door
 from attnbias.fuse.family import Family, Place
-from attnbias.fuse.pair_products import stands, transition, triangle_product, with_outer
+from attnbias.fuse.pair_products import Product, stands, transition, triangle_product, with_outer
 from attnbias.fuse.pairs import (
     Heads,
     Triangle,
@@ -157,7 +157,7 @@ def _pairs(
     for product in (module.tri_mul_out, module.tri_mul_in):
         cast = torch.is_autocast_enabled(z.device.type)
         if stands(product, stock.EsmFoldTriangleMultiplicativeUpdate) and not cast:
-            _product(product, z, mask)
+            triangle_product(z, _product(product), mask)
         else:
             z += product(z, mask=mask)
     for child in (module.tri_att_start, module.tri_att_end):
@@ -173,16 +173,14 @@ def _pairs(
     return changed
 
 
-def _product(child: Any, z: Tensor, mask: Tensor | None) -> None:
-    triangle_product(
-        z,
+def _product(child: Any) -> Product:
+    """The parts of an ``EsmFoldTriangleMultiplicativeUpdate``."""
+    return Product(
         child.layer_norm_in,
-        lambda x: child.linear_a_g(x).sigmoid() * child.linear_a_p(x),
-        lambda x: child.linear_b_g(x).sigmoid() * child.linear_b_p(x),
+        ((child.linear_a_p, child.linear_a_g), (child.linear_b_p, child.linear_b_g)),
         lambda x: child.linear_z(child.layer_norm_out(x)),
-        lambda x: child.linear_g(x).sigmoid(),
-        mask,
-        incoming=not child._outgoing,
+        lambda x: child.linear_g(x).sigmoid_(),
+        not child._outgoing,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnbias.fuse.door import Door
 from attnbias.fuse.family import Family, Place
-from attnbias.fuse.pair_products import stands, transition, triangle_product
+from attnbias.fuse.pair_products import Product, stands, transition, triangle_product
 from attnbias.fuse.pairs import (
     Heads,
     Triangle,
@@ -90,7 +90,7 @@ def _pairs_side(
     """All that a block does to its pairs in eval mode, in place."""
     for product in (module.product_out, module.product_in):
         if stands(product, stock.TriangleMultiplication) and not _casts(z):
-            _product(product, z, pairs)
+            triangle_product(z, _product(product), pairs)
         else:
             z += product(z, pairs)
     for child in (module.attention_start, module.attention_end):
@@ -110,16 +110,14 @@ def _casts(z: Tensor) -> bool:
     return torch.is_autocast_enabled(z.device.type)
 
 
-def _product(child: stock.TriangleMultiplication, z: Tensor, mask: Tensor | None) -> None:
-    triangle_product(
-        z,
+def _product(child: stock.TriangleMultiplication) -> Product:
+    """The parts of a ``TriangleMultiplication``."""
+    return Product(
         child.norm,
-        lambda x: child.left_gate(x).sigmoid() * child.left(x),
-        lambda x: child.right_gate(x).sigmoid() * child.right(x),
+        ((child.left, child.left_gate), (child.right, child.right_gate)),
         lambda x: child.out(child.norm_out(x)),
-        lambda x: child.gate(x).sigmoid(),
-        mask,
-        incoming=child.incoming,
+        lambda x: child.gate(x).sigmoid_(),
+        child.incoming,
     )
 
 
