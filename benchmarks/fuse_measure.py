@@ -13,6 +13,7 @@ from torch import Tensor
 
 import attnbias as ab
 from attnbias.errors import AttnbiasError, Refused
+from attnbias.fuse import modes
 from benchmarks import common
 from benchmarks.attention_cpu import failure
 from benchmarks.fuse_bare import remove
@@ -35,7 +36,7 @@ def least_rounds(seconds: float) -> int:
 
 def fits(variant: Variant, size: int) -> bool:
     """Whether the stock model's scores fit into what is free."""
-    return variant.bytes(size) <= 0.85 * common.memory_bytes()[1]
+    return variant.bytes(size) <= 0.9 * common.memory_bytes()[1]
 
 
 def fused(model: Any) -> dict[str, Any]:
@@ -49,9 +50,23 @@ def fused(model: Any) -> dict[str, Any]:
     return {
         "replaced": done.replaced,
         "bias": sorted({one.form for one in done.sites}),
-        "lowering": sorted({one.lowering for one in done.sites}),
         "left": {one.kind: one.reason[:200] for one in done.left},
     }
+
+
+class Recorded:
+    """A call of a fused model whose first time is written down: which lowerings ran."""
+
+    def __init__(self, inner: Callable[[], Tensor]) -> None:
+        self.inner, self.seen = inner, list[str]()
+
+    def __call__(self) -> Tensor:
+        if self.seen:
+            return self.inner()
+        with modes.recording() as seen:
+            out = self.inner()
+        self.seen = sorted({way for _, way in seen}) or ["its own code"]
+        return out
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:
@@ -135,7 +150,8 @@ def timed(cell: Cell, budget: float) -> dict[str, Any]:
             if cell.seconds >= LARGE:
                 with contextlib.suppress(Exception):  # what loads once, on a smaller problem
                     call(model, subject, cell.kind, cell.size // 4)()
-            calls[name] = call(model, subject, cell.kind, cell.size)
+            made_call = call(model, subject, cell.kind, cell.size)
+            calls[name] = Recorded(made_call) if name == FUSED else made_call
         except Exception as error:
             cells[name] = failure(error)
     outputs: dict[str, Tensor] = {}
@@ -158,6 +174,8 @@ def timed(cell: Cell, budget: float) -> dict[str, Any]:
     ratios: dict[str, float] = {}
     for name, timing in timings.items():
         cells[name] |= timing.record()
+    if FUSED in timings:
+        cells[FUSED]["lowering"] = calls[FUSED].seen  # type: ignore[attr-defined]
     if STOCK in timings and FUSED in timings:
         over = timings[FUSED].over(timings[STOCK])
         ratios |= {"slower": over["ratio"], "faster": 1 / over["ratio"]}

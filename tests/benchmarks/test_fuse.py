@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from attnbias.lowering.planner import LOWERINGS
 from benchmarks import fuse, fuse_grid, fuse_measure, fuse_report
 from benchmarks.fuse_bare import remove
 from benchmarks.fuse_grid import BARE, FUSED, GRID, STOCK, Cell, Goal
@@ -121,6 +122,7 @@ def test_a_cell(one_layer: Cell) -> None:
     assert lines[STOCK]["variant"] in found["stock"]
     assert lines[FUSED]["replaced"] == 1
     assert lines[FUSED]["left"] == {}
+    assert lines[FUSED]["lowering"][0] in LOWERINGS
     assert lines[BARE]["removed"] == 1
     ratios = found["ratios"]
     times = {name: line["median_s"] for name, line in lines.items()}
