@@ -104,12 +104,13 @@ def ranges(problem: Problem) -> list[Part] | None:
     """
     if "ranges" not in problem.__dict__:
         (ids,), _ = split(problem)
-        problem.__dict__["ranges"] = _found(ids, problem.batch)
+        problem.__dict__["ranges"] = found_ranges(ids, problem.batch)
     found: list[Part] | None = problem.__dict__["ranges"]
     return found
 
 
-def _found(ids: Segments, batch: int) -> list[Part] | None:
+def found_ranges(ids: Segments, batch: int) -> list[Part] | None:
+    """`ranges` of one kind of segments."""
     if ids.batch == 1:
         rows = [(slice(0, batch), ids.query_ids[0], ids.key_ids[0])]
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from attnbias.errors import AttnbiasError, Refused
 from attnbias.lowering.fold import Fold
 from attnbias.lowering.grid import Grid
+from attnbias.lowering.own import Own
 from attnbias.lowering.packed import Packed
 from attnbias.lowering.problem import Lowering, Offer, Problem
 from attnbias.lowering.reference import Reference
@@ -27,6 +28,7 @@ LOWERINGS: dict[str, Lowering] = {
         Fold(),
         Tiled(),
         Stream(),
+        Own(),
         Reference(),
     )
 }

@@ -37,8 +37,11 @@ class Total:
 
     def add(self, part: Bias, step: Tensor) -> None:
         """Pull ``ds`` of a part back; `step` may be overwritten."""
-        stored = part.parameters()
-        for place, (tensor, grad) in enumerate(zip(stored, part.pull(step), strict=True)):
+        self.take(part.parameters(), part.pull(step))
+
+    def take(self, stored: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Add the gradients of tensors that a part stores."""
+        for place, (tensor, grad) in enumerate(zip(stored, grads, strict=True)):
             if grad is None or not tensor.requires_grad:
                 continue
             view = self._view(tensor, place)

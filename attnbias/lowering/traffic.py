@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-from attnbias.lowering import packed
+from attnbias.lowering import own_parts, packed
 from attnbias.lowering.problem import Offer, Problem
 
 ROWS = 256  # queries of a tile
@@ -125,6 +125,18 @@ def _fold(s: _Sizes) -> tuple[int, int, int, int]:
     return 1, read + plain, written + copied, s.operations(more=columns)
 
 
+def _own(s: _Sizes) -> tuple[int, int, int, int]:
+    p = s.problem
+    read, written = s.fused(64)
+    # Keys are copied to panels; entries that are built are written and read once more.
+    copied = p.batch * p.key.shape[1] * p.keys * s.size * 4
+    terms = [] if p.bias is None else p.bias.terms()
+    built = [t for t in terms if not own_parts.direct(t)]
+    entries = s.pairs * s.real if built else 0
+    own = p.bias.batch * p.bias.heads if p.bias is not None else 0
+    return 1, read + copied + s.units * entries, written + copied + own * entries, s.operations()
+
+
 def _reference(s: _Sizes) -> tuple[int, int, int, int]:
     # In float64: scores, their sum with the bias, where a row is empty, log-sum-exp (two passes),
     # softmax (three), the product with the values: ten reads and five writes of every score.
@@ -149,6 +161,7 @@ COUNTS: dict[str, Callable[[_Sizes], tuple[int, int, int, int]]] = {
     "fold": _fold,
     "tiled": _tiled,
     "stream": _stream,
+    "own": _own,
     "reference": _reference,
 }
 

@@ -1,4 +1,4 @@
-"""How kernels are compiled: `kernel` for loops over rows, `inline` for the functions inside.
+"""How kernels are compiled: `kernel` for loops over rows, `inline` and `inner` for what is inside.
 
 Import this module, and every module of kernels, only where `attnbias.native.available()`.
 """
@@ -28,6 +28,12 @@ prange = numba.prange
 def inline(function: Function) -> Function:
     """A small function that kernels call; it disappears into them."""
     made: Function = numba.njit(fastmath=FAST, inline="always", cache=False)(function)
+    return made
+
+
+def inner(function: Function) -> Function:
+    """A function that kernels call as a whole: compiled once, without loops over threads."""
+    made: Function = numba.njit(fastmath=FAST, nogil=True, cache=False)(function)
     return made
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import attnbias as ab
+from attnbias import native
 from attnbias.lowering import grid as lines
 from attnbias.lowering import windows
 from tests.cases.bias import agree
@@ -202,4 +203,5 @@ def test_the_planner_takes_windows_for_a_batch_and_lines_for_an_image() -> None:
     assert ab.explain(q, q, q, bias=bias).chosen == "windows"
     large = ab.GridRelative(torch.randn(8, 127, 127), (64, 64))
     q = torch.empty(1, 8, 4096, 64, device="meta")
-    assert ab.explain(q, q, q, bias=large).chosen in ("grid", "stream")
+    with native.disabled():
+        assert ab.explain(q, q, q, bias=large).chosen == "grid"
