@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,32 +24,32 @@ from attnbias.hub.masks import mask_terms
 from attnbias.hub.request import MaskRequest
 
 Made = TypeVar("Made")
+# Scores of all heads of a call from which planning pays: measured with 8 and 32 heads.
+SMALL = 2**19
+# Keys up to which one query is faster in the fused operator than in two products.
+FEW = 256
 
 
 class KeyFamily(Family):
-    """A family whose modules get a mask request and a number per head and key."""
+    """A family whose modules get a mask request and a number per head and key.
+
+    It takes calls of every size: those that are too small for a planner's gain are computed
+    directly (`direct`), in a handful of operators less than stock.
+    """
 
     form = "ALiBi (a bias per key)"
-    least: ClassVar[int] = 64 * 64
 
     def takes(self, size: Size) -> bool:
-        # One query is three small operators in place of stock's ten.
-        if size.queries == 1 and modes.route() is None:
-            return size.device.type == "cpu"
-        return super().takes(size)
+        return modes.route() != "stock" and size.device.type == "cpu"
 
-    def wants(self, module: nn.Module, hidden: Tensor, request: Any, heads: int) -> bool:
-        """Whether a forward of `module` over `hidden` takes the fused route."""
-        if not isinstance(request, MaskRequest) or request.batch != hidden.shape[0]:
-            return False
-        training = torch.is_grad_enabled() and (
-            hidden.requires_grad or any(one.requires_grad for one in module.parameters())
+    def wants(self, hidden: Tensor, request: Any) -> bool:
+        """Whether a forward over ``hidden (batch, length, .)`` takes the fused route."""
+        return (
+            isinstance(request, MaskRequest)
+            and request.batch == hidden.shape[0]
+            and modes.route() != "stock"
+            and hidden.is_cpu
         )
-        size = Size(
-            request.batch, heads, request.queries, request.keys, training, hidden.dtype,
-            hidden.device,
-        )  # fmt: skip
-        return self.takes(size)
 
 
 def shared(request: MaskRequest, name: str, source: Any, make: Callable[[], Made]) -> Made:
@@ -86,66 +86,117 @@ def attend(
         masks = mask_terms(request, query, key.shape[2], original, False, who)
         return add(KeyBias(weight), *masks)
 
-    bias = shared(request, "bias", source, whole)
-    if query.shape[2] > 1:
+    if not is_small(query, key):
+        bias = shared(request, "bias", source, whole)
         return compute(query, key, value, bias, scale=scale, dropout=dropout)
-    row = shared(request, "row", source, lambda: one_row(bias))
-    return one_query(query, key, value, row, bias, scale=scale, dropout=dropout)
+    entries = shared(request, "entries", source, lambda: small_entries(request, original, weight))
+    if modes.record() is not None:
+        note(shared(request, "bias", source, whole))
+    return direct(query, key, value, entries, scale=scale, dropout=dropout)
 
 
-def one_row(bias: Bias) -> Tensor:
-    """``(batch | 1, heads | 1, 1, keys)``: a bias of one query, hidden keys at the lowest number.
+def is_small(query: Tensor, key: Tensor) -> bool:
+    """Whether a call is computed directly: one query, or fewer scores than pay for planning."""
+    if query.shape[2] == 1:
+        return True
+    batch, heads, queries = query.shape[:3]
+    return modes.route() is None and batch * heads * queries * key.shape[2] < SMALL
 
-    A row that hides every key then weighs all alike, as in the stock modules.
+
+def small_entries(request: MaskRequest, original: str, weight: Tensor | None) -> Tensor | None:
+    """``(batch | 1, heads | 1, queries, keys)``: what is added to the scores of a small call.
+
+    Hidden keys are at the lowest number, so that a row that hides every key weighs all alike, as in
+    the stock modules. None: nothing is added.
     """
-    row = bias.dense()
-    return row.float().clamp_min(torch.finfo(torch.float32).min)
+    mask = None if sees_all(request) else request.stock(original)
+    row = None if weight is None else weight[:, :, None]
+    if mask is None:
+        return row
+    if mask.dtype == torch.bool:
+        kind = torch.float32 if row is None else row.dtype
+        start = torch.zeros((), dtype=kind, device=mask.device) if row is None else row
+        return torch.where(mask, start, torch.finfo(kind).min)
+    if row is None:
+        entries: Tensor = mask
+        return entries
+    kind = torch.promote_types(mask.dtype, row.dtype)
+    low = torch.finfo(mask.dtype).min
+    return torch.where(mask <= low / 2, torch.finfo(kind).min, row.to(kind))
 
 
-def one_query(
+def sees_all(request: MaskRequest) -> bool:
+    """Whether a single query sees every key, without making a mask."""
+    from transformers.masking_utils import causal_mask_function
+
+    return (
+        request.queries == 1
+        and request.rule is causal_mask_function
+        and request.key_start == 0
+        and request.query_start + 1 >= request.keys
+        and (request.padding is None or _real(request.padding, request.keys))
+    )
+
+
+def _real(padding: Tensor, keys: int) -> bool:
+    return padding.ndim == 2 and padding.shape[1] >= keys and bool(padding[:, :keys].all())
+
+
+def note(bias: Bias | None) -> None:
+    """Record a call that is computed directly."""
+    seen = modes.record()
+    if seen is not None:
+        seen.append(("no bias" if bias is None else repr(bias), "direct"))
+
+
+def direct(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    row: Tensor | None,
-    bias: Bias | None,
+    entries: Tensor | None,
     *,
     scale: float,
     sink: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of a single query, ``(batch, 1, heads, value dim)``: two products and a softmax.
+    """Attention of a small call, ``(batch, queries, heads, value dim)``: no planner, few operators.
 
     Args:
-        query: ``(batch, heads, 1, dim)``. key, value: ``(batch, key heads, keys, dim)``.
-        row: ``(batch | 1, heads | 1, 1, keys)``, added to the scores. bias: the same, for the
-            record.
+        query: ``(batch, heads, queries, dim)``. key, value: ``(batch, key heads, keys, dim)``.
+        entries: ``(batch | 1, heads | 1, queries, keys)``, added to the scores.
         sink: ``(heads,)``, an extra logit of each head.
     """
-    seen = modes.record()
-    if seen is not None:
-        seen.append(("no bias" if bias is None else repr(bias), "one query"))
-    batch, heads, _, size = query.shape
+    batch, heads, queries, size = query.shape
     groups, keys = key.shape[1], key.shape[2]
+    if entries is not None:
+        entries = entries.expand(batch, heads, queries, keys)
+    same = entries is None or entries.dtype == query.dtype
+    if sink is None and groups == heads and same and (queries > 1 or keys <= FEW):
+        out = F.scaled_dot_product_attention(query, key, value, entries, dropout, scale=scale)
+        return out.transpose(1, 2)
     # Query heads of one key head are rows of one product.
-    rows = query.reshape(batch * groups, heads // groups, size)
+    rows = query.reshape(batch * groups, -1, size)
     key = key.reshape(batch * groups, keys, size).transpose(1, 2)
     value = value.reshape(batch * groups, keys, value.shape[-1])
-    if row is not None:
-        row = row.expand(batch, heads, 1, keys).reshape(batch * groups, heads // groups, keys)
-    if row is not None and row.dtype == query.dtype:
-        scores = torch.baddbmm(row, rows, key, alpha=scale)
+    if entries is not None:
+        entries = entries.reshape(batch * groups, -1, keys)
+    if entries is not None and same:
+        scores = torch.baddbmm(entries, rows, key, alpha=scale)
     else:
         scores = torch.bmm(rows, key).float() * scale
-        scores = scores if row is None else scores + row
+        scores = scores if entries is None else scores + entries
     if sink is not None:
-        logit = sink.to(scores.dtype).expand(batch, heads).reshape(*scores.shape[:2], 1)
-        weights = torch.cat([scores, logit], -1).softmax(-1)[..., :-1]
+        logit = sink.to(scores.dtype).view(groups, -1, 1).expand(-1, -1, queries)
+        logit = logit.reshape(1, groups, -1, 1).expand(batch, -1, -1, -1)
+        weights = torch.cat([scores, logit.reshape(batch * groups, -1, 1)], -1).softmax(-1)
+        weights = weights[..., :-1]
     else:
         weights = scores.softmax(-1)
     weights = weights.to(value.dtype)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return torch.bmm(weights, value).view(batch, 1, heads, value.shape[-1])
+    out = torch.bmm(weights, value).view(batch, heads, queries, value.shape[-1])
+    return out.transpose(1, 2)
 
 
 def causal_mask(config: Any, hidden: Tensor, *, always: bool = False) -> Any:

@@ -30,6 +30,7 @@ SMALL = {
 class TestBloom(Padded, Mapped, Checkpointed, Pretrained, Generating):
     tables = r"$none"
     sharp = r"query_key_value\.weight"
+    sharpness = 2.0
     side = "left"
     dropout_names: ClassVar[tuple[str, ...]] = ("attention_dropout", "hidden_dropout")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any, ClassVar
 from unittest import mock
@@ -79,10 +80,26 @@ class TestFalconOfNewArchitecture(Alibi):
 class TestFalconEager(Alibi):
     """The eager code adds ALiBi twice."""
 
+    sharpness = 2.0
+
     def build(self, **changes: Any) -> nn.Module:
-        model = super().build(**changes)
-        model.set_attn_implementation("eager")  # type: ignore[operator]
-        return model
+        from transformers import FalconConfig, FalconForCausalLM
+
+        config = FalconConfig(**{**SMALL, **changes})
+        model: Any = FalconForCausalLM._from_config(config, attn_implementation="eager")
+        assert model.config._attn_implementation == "eager"
+        found: nn.Module = model
+        return found
+
+    def test_half_precision(self) -> None:
+        """This code rounds the weights to bfloat16: a check on random input may refuse it."""
+        half = self.model().to(torch.bfloat16)
+        given = self.inputs(2, self.length)
+        wanted = self.run(half, given).float()
+        exact = self.run(copy.deepcopy(half).float(), given)
+        with ab.fuse(half, quiet=True, measure=False, check=False):
+            found = self.run(half, given).float()
+        assert self.off(found, exact) <= 1.5 * self.off(wanted, exact) + 1e-2
 
 
 def test_rotary_is_refused() -> None:

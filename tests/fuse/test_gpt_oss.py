@@ -90,6 +90,7 @@ class TestGraniteMoeSWA(Sinks, Trained, Generating):
 
 class TestPrivacyFilter(Sinks, Trained):
     side = "right"
+    sharpness = 1.0
 
     def build(self, **changes: Any) -> nn.Module:
         from transformers import OpenAIPrivacyFilterConfig, OpenAIPrivacyFilterModel

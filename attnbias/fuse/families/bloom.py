@@ -32,7 +32,7 @@ def forward(
     if (
         output_attentions
         or not _fits(alibi, request, batch * module.num_heads)
-        or not mark.family.wants(module, hidden_states, request, module.num_heads)
+        or not mark.family.wants(hidden_states, request)
     ):
         return type(module).forward(
             module, hidden_states, residual, alibi,

@@ -45,7 +45,7 @@ def forward(
             f"{type(module).__name__}: with ALiBi the attention mask must be (batch, length), as "
             "for the stock model."
         )
-    if apart and mark.family.wants(module, hidden_states, request, module.num_heads):
+    if apart and mark.family.wants(hidden_states, request):
         query, key, value = _projected(module, hidden_states, layer_past)
         weight = shared(request, "alibi", None, lambda: _weight(module, request))
         out = attend(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from attnbias.bias import Bias, add
-from attnbias.fuse.alibi import KeyFamily, one_query, one_row, shared
+from attnbias.fuse import modes
+from attnbias.fuse.alibi import KeyFamily, direct, is_small, note, shared, small_entries
 from attnbias.fuse.door import Door
-from attnbias.fuse.family import Place, Size, compute
+from attnbias.fuse.family import Place, compute
 from attnbias.hub.masks import asks_causal, mask_terms
 from attnbias.hub.registry import CONFIG_KEY
 from attnbias.hub.request import MaskRequest
@@ -71,7 +72,7 @@ class Sinks(KeyFamily):
     ) -> Tensor | None:
         if any(kwargs.get(name) is not None for name in _OPAQUE):
             return None
-        if not self.takes(Size.of(query, key)):
+        if modes.route() == "stock" or not query.is_cpu:
             return None
         who = type(module).__name__
 
@@ -80,17 +81,16 @@ class Sinks(KeyFamily):
             terms = mask_terms(mask, query, key.shape[2], original, causal, who)
             return add(*terms) if terms else None
 
-        kept = isinstance(mask, MaskRequest)
-        bias = shared(mask, "bias", None, whole) if kept else whole()
-        if query.shape[2] > 1:
+        request = mask if isinstance(mask, MaskRequest) else None
+        if request is None or not is_small(query, key):
+            bias = whole() if request is None else shared(request, "bias", None, whole)
             return compute(query, key, value, bias, scale=scaling, sink=s_aux, dropout=dropout)
-
-        def made() -> Tensor | None:
-            return None if bias is None else one_row(bias)
-
-        row = shared(mask, "row", None, made) if kept else made()
+        entries = shared(request, "entries", None, lambda: small_entries(request, original, None))
+        if modes.record() is not None:
+            note(shared(request, "bias", None, whole))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return one_query(query, key, value, row, bias, scale=scale, sink=s_aux, dropout=dropout)
+        out = direct(query, key, value, entries, scale=scale, sink=s_aux, dropout=dropout)
+        return out.contiguous()
 
     def example(
         self, place: Place, batch: int, length: int, generator: torch.Generator

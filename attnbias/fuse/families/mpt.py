@@ -24,9 +24,7 @@ def forward(
     """In place of ``MptAttention.forward``; calls that it does not take keep the stock code."""
     mark = module._attnbias_fused
     request = attention_mask
-    if not _fits(position_bias, request) or not mark.family.wants(
-        module, hidden_states, request, module.n_heads
-    ):
+    if not _fits(position_bias, request) or not mark.family.wants(hidden_states, request):
         if isinstance(request, MaskRequest):
             attention_mask = shared(
                 request, "hidden", None, lambda: request.stock(mark.original).to(torch.bool)
