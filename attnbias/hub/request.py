@@ -187,7 +187,8 @@ class MaskRequest:
         """
         place = ("stock", self.original or original)
         if place not in self._cache:
-            self._cache[place] = None if self.skipped(original) else self._call(original)
+            self._cache[place] = self._call(original)
+            self._cache["skipped", self.original or original] = self._cache[place] is None
         return self._cache[place]
 
     def skipped(self, original: str) -> bool:
