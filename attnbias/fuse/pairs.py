@@ -151,7 +151,7 @@ class TriangleFamily(Family):
     """A family of triangle attention modules: it says what their parts are."""
 
     form = "pair bias, one matrix for all rows"
-    least = 16 * 16
+    least = 80 * 80
     longest = 256
 
     @abstractmethod
@@ -212,7 +212,7 @@ def triangle_attention(
         out = torch.stack([_learning(z[b], parts, kind) for b, kind in enumerate(kinds)])
         return out.transpose(1, 2) if parts.ending else out
     if into is None:
-        target = torch.zeros_like(z)
+        target = torch.zeros(z.shape, dtype=z.dtype, device=z.device)
     else:
         target = into.transpose(1, 2) if parts.ending else into
     low, norm = parts.factors is not None, parts.norm

@@ -135,7 +135,7 @@ class TestEsmFold(Padded, Pretrained):
                 return out
 
         block: Any = self.model().trunk.blocks[0]  # type: ignore[union-attr,index]
-        n = 64
+        n = 96
         s, z = torch.randn(1, n, 32), torch.randn(1, n, n, 16)
         most = {}
         for route in ("stock", "fused"):

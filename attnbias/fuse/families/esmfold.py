@@ -197,7 +197,7 @@ class EsmFoldBlock(Family):
     form = "pair bias"
     modules: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldTriangularSelfAttentionBlock",)
     parts: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldSelfAttention",)
-    least = 16 * 16
+    least = 64 * 64
     longest = 256
 
     def prepare(self, place: Place, door: Door) -> None:

@@ -167,7 +167,7 @@ class PairformerBlocks(Family):
     form = "pair bias"
     modules: ClassVar[tuple[str, ...]] = (f"{stock.__name__}.PairformerBlock",)
     parts: ClassVar[tuple[str, ...]] = (f"{stock.__name__}.AttentionPairBias",)
-    least = 16 * 16
+    least = 64 * 64
     longest = 256
 
     def prepare(self, place: Place, door: Door) -> None:
