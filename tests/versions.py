@@ -118,7 +118,8 @@ def outcomes(report: str, name: str) -> dict[str, str]:
 
 def _line(text: str, last: bool = False) -> str:
     lines = [" ".join(one.split()) for one in text.strip().splitlines() if one.strip()]
-    return (lines[-1 if last else 0] if lines else "")[:200]
+    said = lines[-1 if last else 0] if lines else ""
+    return re.sub(r"(/[\w.+-]+)+/", "", said)[:200]  # no folders of this machine
 
 
 # The search ---------------------------------------------------------------------------------------

@@ -167,18 +167,28 @@ def table() -> list[Row]:
     rows: dict[str, Row] = {}
     families = _families()
     gone = set()  # classes that only other versions of transformers have
-    for module, file in model_files():
-        text = file.read_text("utf-8")
-        for row in _rows(read(text, module)):
+    for module, (classes, names) in _files().items():
+        for row in _rows(classes):
             rows[row.path] = row
         for path in families:
             home, _, name = path.rpartition(".")
-            if home == module and not re.search(rf"^class {name}\b", text, flags=re.M):
+            if home == module and name not in names:
                 gone.add(path)
     for path, (name, form) in families.items():
         if path not in rows and path not in gone:
             rows[path] = Row(path, "fused", name, form, (), oldest(path, name))
     return [rows[path] for path in sorted(rows, key=lambda one: (one.rpartition(".")[0], one))]
+
+
+@functools.cache
+def _files() -> dict[str, tuple[dict[str, Seen], frozenset[str]]]:
+    """Of each model file: its classes, where one has a bias, and the names of all."""
+    found = {}
+    for module, file in model_files():
+        text = file.read_text("utf-8")
+        names = frozenset(re.findall(r"^class (\w+)", text, flags=re.M))
+        found[module] = (read(text, module), names)
+    return found
 
 
 def _families() -> dict[str, tuple[str, str]]:

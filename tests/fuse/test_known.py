@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import attnbias as ab
 from attnbias.errors import Refused
 from attnbias.fuse import FAMILIES, known, scan
+from docs import make_fuse
 from tests.fuse.test_t5 import SMALL
 
 
@@ -106,8 +108,6 @@ def test_every_call_of_the_interface_with_a_position_bias_is_there(
     rows: dict[str, known.Row],
 ) -> None:
     """By another route: the text of each class that hands `position_bias=` to what it calls."""
-    import re
-
     found = 0
     for module, file in scan.model_files():
         parts = re.split(r"^class (\w+)", file.read_text("utf-8"), flags=re.M)
@@ -265,3 +265,24 @@ def test_a_class_that_is_refused_says_why() -> None:
     model = WavLMModel(WavLMConfig(**sizes))
     with pytest.raises(Refused, match=r"WavLMAttention .* is not fused: each query scales"):
         ab.fuse(model, quiet=True)
+
+
+# The page -----------------------------------------------------------------------------------------
+
+
+PAGE = make_fuse.PAGE.read_text("utf-8")
+
+
+def test_the_page_is_current() -> None:
+    """Also after a family, a reason or a recorded version has changed."""
+    assert make_fuse.text(PAGE) == PAGE, "run `python docs/make_fuse.py`"
+    for family in FAMILIES:
+        assert f"| {family.name} | {family.form} |" in PAGE
+    for reason in known.REFUSED.values():
+        assert reason in PAGE
+
+
+def test_the_first_block_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    block = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)[0]
+    exec(compile(block, "fuse.md", "exec"), {})
+    assert "2 attention modules fused" in capsys.readouterr().out
