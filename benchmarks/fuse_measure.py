@@ -18,7 +18,7 @@ from benchmarks import common
 from benchmarks.attention_cpu import failure
 from benchmarks.fuse_bare import remove
 from benchmarks.fuse_grid import BARE, FUSED, LINES, STOCK, Cell, fingerprint
-from benchmarks.fuse_models import SUBJECTS, Subject, Variant, call, made, twin
+from benchmarks.fuse_models import MORE_MOST, SUBJECTS, Subject, Variant, call, made, twin
 from benchmarks.memory import peak_bytes
 
 LARGE = 8.0  # seconds of a round from which there is no round to warm up
@@ -154,6 +154,17 @@ def timed(cell: Cell, budget: float) -> dict[str, Any]:
             calls[name] = Recorded(made_call) if name == FUSED else made_call
         except Exception as error:
             cells[name] = failure(error)
+    for name, prepare in subject.more.items():
+        if cell.size > MORE_MOST:
+            break
+        cells[name] = {"status": "ok"}
+        try:
+            model = twin(base)
+            variant.prepare(model)
+            prepare(model, subject.inputs(cell.size, torch.Generator().manual_seed(cell.size)))
+            calls[name] = call(model, subject, cell.kind, cell.size)
+        except Exception as error:
+            cells[name] = failure(error)
     outputs: dict[str, Tensor] = {}
 
     def inspect(name: str, result: Tensor) -> None:
@@ -188,6 +199,11 @@ def timed(cell: Cell, budget: float) -> dict[str, Any]:
     for name, word in ((FUSED, "difference"), (BARE, "moved")):
         if name in outputs and STOCK in outputs:
             ratios[word] = gap(outputs[name], outputs[STOCK])
+    for name in subject.more:
+        if name in timings and STOCK in timings:
+            faster = timings[STOCK].median / timings[name].median
+            cells[name]["faster"] = round(faster, 4)
+            cells[name]["difference"] = gap(outputs[name], outputs[STOCK])
     return {
         "status": "ok",
         "rounds": max((len(one.samples) for one in timings.values()), default=0),

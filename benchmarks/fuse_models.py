@@ -19,6 +19,7 @@ VOCABULARY = 1000
 WIDTH, HEADS = 512, 8
 TABLES = r"relative_attention_bias|relative_position_bias|rel_pos.*bias|sinks"
 PADDED_BATCH = 4
+MORE_MOST = 512
 STEPS = 8  # decoded tokens of one call
 
 
@@ -42,6 +43,7 @@ class Subject:
         name, words: for people. unit: what its sizes count. build: from a size.
         inputs: keyword arguments of a forward, from (size, generator).
         variants: the ways the stock model has; the fastest that fits is the stock line.
+        more: other ways to fuse, from (model, inputs), at sizes up to `MORE_MOST`.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Subject:
     build: Callable[[int], nn.Module]
     inputs: Callable[[int, torch.Generator], dict[str, Any]]
     variants: tuple[Variant, ...]
-    more: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    more: Mapping[str, Callable[[Any, dict[str, Any]], Any]] = field(default_factory=dict)
 
 
 def _named(path: str) -> Any:
@@ -249,6 +251,24 @@ def _chunks(size: int | None) -> Callable[[Any], None]:
     return lambda model: setattr(model, "chunk_size", size)
 
 
+def _low_rank(route: str) -> Callable[[Any, dict[str, Any]], Any]:
+    """Triangle attention with a pair bias of rank 16: an approximation, judged by its error."""
+
+    def fuse(model: Any, given: dict[str, Any]) -> Any:
+        from attnbias.fuse import fuse as fuse_model
+        from attnbias.fuse import learn
+
+        found = learn(model, [given], rank=16, route=route, steps=FIT_STEPS, quiet=True)
+        return fuse_model(model, factors=found, quiet=True, measure=False)
+
+    return fuse
+
+
+FIT_STEPS = 100  # enough to run; how good factors become with more is not timed here
+LOW_RANK = {
+    "fused, rank 16 by singular vectors": _low_rank("svd"),
+    f"fused, rank 16 by networks after {FIT_STEPS} steps": _low_rank("networks"),
+}
 SDPA = Variant("sdpa", _implementation("sdpa"), _dense(2.1))  # the bias, and it contiguous
 EAGER = Variant("eager", _implementation("eager"), _dense(5))
 OWN = Variant("its own", _nothing, _dense(5))
@@ -296,11 +316,11 @@ SUBJECTS: dict[str, Subject] = {
         ),
         Subject(
             "ESMFold", "one block of the trunk: 32 heads over residues, 4 over pairs, of 32",
-            "residues", esm_fold, pairs(1024), CHUNKS,
+            "residues", esm_fold, pairs(1024), CHUNKS, LOW_RANK,
         ),
         Subject(
             "Pairformer", "one block of AlphaFold 3's: 16 heads over residues, 4 over pairs of 32",
-            "residues", pairformer, pairs(384), CHUNKS,
+            "residues", pairformer, pairs(384), CHUNKS, LOW_RANK,
         ),
     )
 }  # fmt: skip

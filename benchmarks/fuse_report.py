@@ -67,6 +67,25 @@ def time_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def more_lines(groups: list[dict[str, Any]]) -> str:
+    """Other ways to fuse, which only approximate."""
+    found = []
+    for group in groups:
+        for name, cell in group.get("lines", {}).items():
+            if name in LINES:
+                continue
+            words = f"- {group['size']:,} {group['unit']}, {name}: "
+            if "faster" in cell:
+                words += (
+                    f"{_time(cell)} s, {cell['faster']:.2f} times faster than stock, difference "
+                    f"{cell['difference']:.0e} on random weights"
+                )
+            else:
+                words += f"{cell['status']}: {cell.get('reason', '')}"
+            found.append(words)
+    return "\n".join(found)
+
+
 def memory_rows(groups: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for group in groups:
@@ -191,7 +210,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         timed = [group for group in here if not group["kind"].startswith("memory")]
         rest = [group for group in here if group["kind"].startswith("memory")]
         if timed:
-            parts.append(common.markdown_table(times, time_rows(timed)))
+            parts += [common.markdown_table(times, time_rows(timed)), more_lines(timed)]
         if rest:
             parts.append(common.markdown_table(peaks, memory_rows(rest)))
     goals = result["goals"]
