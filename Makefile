@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all smoke-oldest mutants bench bench-peers lint docs clean
+.PHONY: setup demo test test-all smoke-oldest versions mutants bench bench-peers lint docs clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,10 @@ smoke-oldest: $(OLDEST)/.stamp
 		tests/steer/test_models.py tests/steer/test_key_shift.py tests/steer/test_set_share.py \
 		tests/steer/test_branches.py
 
+# The oldest transformers of each fused class: each version in a folder of its own, hours in all.
+versions: $(STAMP)
+	$(PY) -m tests.versions
+
 mutants: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m tests.mutants
 
@@ -88,4 +92,4 @@ docs: $(DOCS)
 	$(PY) -m mkdocs build --strict --quiet --site-dir site
 
 clean:
-	rm -rf $(OLDEST) out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(OLDEST) .venv-versions out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,9 +5,9 @@ python -m tests.versions --version V     run one version, whatever the search wo
 
 Each version of transformers is installed alone into a folder of its own (with the versions of
 huggingface_hub and tokenizers that it asks for) and stands before the environment's on the path.
-A class works on a version when every test of each case that fuses it passes. The search halves the
-list of versions for each file until its oldest are found; what was run is kept and not run again
-unless the file's tests or the package have changed (--fresh runs anew). The result is the table
+A class works on a version when every test of each case that fuses it passes (all but training runs
+of several steps). The search halves the list of versions for each file until its oldest are found;
+what was run is kept in the folder and not run again (--fresh runs anew). The result is the table
 `attnbias/fuse/versions.json`, read by `attnbias support`.
 """
 
@@ -37,8 +37,8 @@ VERSIONS = (
 )  # fmt: skip
 NEEDED = ("huggingface-hub", "tokenizers")
 LIMIT = 600  # seconds for one file on one version
-# What a file's run depends on, besides the package.
-SHARED = ("tests/cases/fuse.py", "tests/cases/fuse_parts.py")
+# Training is tested by its gradients; runs of several steps say nothing more about a version.
+LEFT_OUT = "not trainer and not with_dropout"
 
 
 # Environments -------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def run(name: str, version: str) -> dict[str, str]:
     report = FOLDER / f"{name}-{version}.xml"
     report.unlink(missing_ok=True)
     file = f"tests/fuse/{name}.py"
-    command = [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", "-k", LEFT_OUT]
     try:
         done = subprocess.run(
             [*command, f"--junitxml={report}", "-o", "junit_family=xunit2"],
@@ -144,15 +144,16 @@ def _of(found: dict[str, str], case: str) -> str:
 def following(cases: Iterable[str], tried: dict[str, dict[str, str]], floor: str) -> str | None:
     """The version to run next for a file, None when all its cases are found.
 
-    First the newest and the floor; below the floor one by one until nothing passes; between the
-    newest failure and the oldest pass by halves.
+    First the floor, and below it one by one until a case fails; where it fails on the floor, the
+    newest, then between the newest failure and the oldest pass by halves.
     """
-    for first in (VERSIONS[-1], floor):
-        if first not in tried:
-            return first
+    if floor not in tried:
+        return floor
     for case in cases:
+        if VERSIONS[-1] not in tried and _of(tried[floor], case):
+            return VERSIONS[-1]
         good = [v for v in tried if not _of(tried[v], case)]
-        if VERSIONS[-1] not in good:
+        if not good or (VERSIONS[-1] in tried and VERSIONS[-1] not in good):
             continue  # it fails on the newest: nothing to search
         low = VERSIONS.index(oldest(case, tried)[0])
         bad = [VERSIONS.index(v) for v in tried if v not in good and VERSIONS.index(v) < low]
