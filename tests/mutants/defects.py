@@ -1109,4 +1109,33 @@ DEFECTS: tuple[Defect, ...] = (
         "chosen = at.flip(0).gather(1, place[..., None].expand(-1, -1, at.shape[2]))",
         ("tests/observe/test_statistics.py::test_each_row_of_a_batch_has_targets_of_its_own",),
     ),
+    # Fused models of documents and of long texts
+    Defect(
+        "page-bias-reads-the-top-edge",
+        "attnbias/fuse/families/layoutlmv3.py",
+        "_distances(down, bbox[..., 3], bins, far)",
+        "_distances(down, bbox[..., 1], bins, far)",
+        ("tests/fuse/test_layoutlmv3.py::TestText::test_eval",),
+    ),
+    Defect(
+        "empty-sums-are-seen",
+        "attnbias/fuse/families/longt5.py",
+        "side = add(side, Padding(self.real))",
+        "pass",
+        ("tests/fuse/test_longt5.py::TestGlobal::test_padding_of_all_kinds",),
+    ),
+    Defect(
+        "window-of-blocks-one-key-too-wide",
+        "attnbias/fuse/families/longt5.py",
+        "reach = source.block_len - 1",
+        "reach = source.block_len",
+        ("tests/fuse/test_longt5.py::TestLocal::test_eval",),
+    ),
+    Defect(
+        "table-of-a-checkpointed-layer-without-gradient",
+        "attnbias/fuse/families/longt5.py",
+        "        if torch.is_grad_enabled():\n            return self._parts()\n        if self._made",
+        "        if self._made",
+        ("tests/fuse/test_longt5.py::TestLocal::test_checkpointing_of_padded_rows",),
+    ),
 )
