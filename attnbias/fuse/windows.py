@@ -8,6 +8,7 @@ one copy (pad, roll and partition in one), and back by another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnbias.bias import Bias, Bucketed, Dense, GridRelative
+from attnbias.bias import Bias, Bucketed, GridRelative
 from attnbias.forms.swin import shifted_windows
+from attnbias.fuse import modes
 from attnbias.fuse.family import compute
+from attnbias.fuse.masked import Masked, forward
 
 # Entries of the masks of all kinds that a module keeps between calls: 2 MB in float32.
 KEPT = 2**19
 # Entries of the masks of all kinds, up to which they are made at all: 16 MB.
 LARGEST = 2**22
-# Entries of the masks of all windows, up to which one call is faster than one a kind: 1 MB.
-TOGETHER = 2**18
+_KINDS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,9 @@ class Windows:
         return self.window**2
 
 
-@lru_cache(maxsize=64)
+@modes.outside_graphs
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def cut(images: int, height: int, width: int, window: int, shift: int) -> Windows:
     """The windows of maps ``(images, height, width)``, padded at the end, rolled by ``-shift``."""
     down, across = -(-height // window), -(-width // window)
@@ -80,7 +84,8 @@ def cut(images: int, height: int, width: int, window: int, shift: int) -> Window
         if size
     )
     padding = (order < 0).nonzero().flatten()
-    return Windows(window, shift, len(kind), order.clamp(min=0), inverse, padding, kinds)
+    rows, slots = order.clamp(min=0).int(), inverse.int()
+    return Windows(window, shift, len(kind), rows, slots, padding, kinds)
 
 
 class _Move(torch.autograd.Function):
@@ -124,6 +129,7 @@ def back(tensor: Tensor, windows: Windows, images: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _regions(window: int, shift: int) -> Tensor:
     """``(kinds, tokens)``: tokens with the same number were neighbours before the roll."""
     if not shift:
@@ -131,8 +137,25 @@ def _regions(window: int, shift: int) -> Tensor:
     return shifted_windows((2 * window, 2 * window), window, shift).query_ids.clone()
 
 
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _costs(window: int, shift: int, hidden: float) -> Tensor:
+    """``(kinds, 1, tokens, tokens)``: `hidden` on pairs that were no neighbours."""
+    ids = _regions(window, shift)
+    apart = ids[:, None, :, None] != ids[:, None, None, :]
+    return torch.zeros(apart.shape).masked_fill_(apart, hidden)
+
+
+def _masks(table: Tensor, windows: Windows, hidden: float) -> Tensor:
+    """``(kinds, heads, tokens, tokens)`` of one kind without a shift, else of all four."""
+    grid = GridRelative(table, (windows.window, windows.window)).dense()
+    if not windows.shift:
+        return grid
+    return grid + _costs(windows.window, windows.shift, hidden).to(grid.device)
+
+
 def _bias(table: Tensor, windows: Windows, kind: int, hidden: float) -> Bias:
-    """Of one kind of window: the table, and `hidden` on pairs that were no neighbours."""
+    """The same for one kind of window, as a structure."""
     grid = GridRelative(table, (windows.window, windows.window))
     if kind == 0:
         return grid
@@ -169,8 +192,7 @@ class Kept:
             and all(_same(one, other) for one, other in zip(found[0], sources, strict=True))
         ):
             return found[2]
-        every, made = range(4 if windows.shift else 1), table().detach()
-        masks = torch.cat([_bias(made, windows, kind, hidden).dense() for kind in every])
+        masks = _masks(table().detach(), windows, hidden)
         if masks.numel() <= KEPT:
             self._found = (tuple(one.detach().clone() for one in sources), key, masks)
         else:
@@ -182,6 +204,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
+@modes.outside_graphs
 def attend(
     query: Tensor,
     key: Tensor,
@@ -206,9 +229,9 @@ def attend(
             as long as scores are small beside it.
     """
     heads, tokens = query.shape[1], windows.tokens
-    learns = torch.is_grad_enabled() and any(one.requires_grad for one in sources)
-    entries = heads * tokens**2
-    if learns or dropout or entries * (4 if windows.shift else 1) > LARGEST:
+    entries = heads * tokens**2 * (4 if windows.shift else 1)
+    plain = query.dtype in _KINDS and not torch.is_autocast_enabled(query.device.type)
+    if dropout or entries > LARGEST or not plain:
         made = table()
         parts = [
             compute(
@@ -222,12 +245,19 @@ def attend(
             for kind, part in windows.kinds
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-    masks = kept.masks(sources, table, windows, hidden)
-    if len(windows.kinds) > 1 and windows.count * entries <= TOGETHER:
-        which = [kind for kind, part in windows.kinds for _ in range(part.start, part.stop)]
-        return compute(query, key, value, Dense(masks[which]), scale=scale)
-    parts = [
-        compute(query[part], key[part], value[part], Dense(masks[kind : kind + 1]), scale=scale)
-        for kind, part in windows.kinds
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    # A layer can have a single window: to choose a way for it would take longer than it takes.
+    seen = modes.record()
+    if seen is not None:
+        seen.append((f"masks of {len(windows.kinds)} kinds of windows", "windows"))
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    grad = torch.is_grad_enabled()
+    if grad and any(one.requires_grad for one in sources):
+        masks = _masks(table(), windows, hidden)
+    else:
+        masks = kept.masks(sources, table, windows, hidden)
+    if grad and any(one.requires_grad for one in (query, key, value, masks)):
+        out = Masked.apply(query, key, value, masks, windows.kinds, scale)  # type: ignore[no-untyped-call]
+    else:
+        out, _ = forward(query, key, value, masks, windows.kinds, scale)
+    found: Tensor = out.transpose(1, 2)
+    return found
