@@ -14,7 +14,7 @@ from attnbias.bias import Relative
 from attnbias.errors import AttnbiasError
 from attnbias.forms.lengths import distances
 from attnbias.forms.t5 import t5_buckets
-from attnbias.fuse import modes
+from attnbias.fuse import modes, t5_older
 from attnbias.fuse.door import MARK, Door
 from attnbias.fuse.family import Family, Place, Size
 from attnbias.fuse.position import PositionBias
@@ -122,6 +122,10 @@ class T5(Family):
             module.relative_attention_bias.weight.device, module.n_heads, queries, keys
         )
 
+    def made(self, module: Any, queries: int, keys: int, offset: int) -> PositionBias:
+        """The bias of a module with a table."""
+        return structure(module, queries, keys, offset)
+
     def takes(self, size: Size) -> bool:
         return self.pays(size.device, size.heads, size.queries, size.keys)
 
@@ -146,6 +150,8 @@ class T5(Family):
                 "UDOP's encoder adds a bias of where words stand on the page, which comes as a "
                 "tensor from outside of its attention."
             )
+        if getattr(module, "pruned_heads", None):
+            return "some of its heads were pruned."
         if not getattr(module, "has_relative_attention_bias", False):
             return ""
         table = module.relative_attention_bias
@@ -165,7 +171,9 @@ class T5(Family):
 
     def prepare(self, place: Place, door: Door) -> None:
         module: Any = place.module
-        if getattr(module, "has_relative_attention_bias", False):
+        if t5_older.is_older(module):
+            door.method(module, "forward", t5_older.forward)
+        elif getattr(module, "has_relative_attention_bias", False):
             door.method(module, "compute_bias", compute_bias)
         elif "position_bias" in _takes(module):
             if _holder(place) is None:  # else it is given the bias of the first layer
@@ -191,20 +199,25 @@ class T5(Family):
         accepted = _takes(module)
         for name in ("mask", "attention_mask"):
             if name in accepted:
-                given[name] = _mask(module, hidden, keep, other)
+                given[name] = _mask(place, hidden, keep, other)
+        if "cache_position" in accepted:  # of older versions
+            given["cache_position"] = torch.arange(length)
         for name in ("key_value_states", "encoder_hidden_states"):
             if name in accepted and other is not None:
                 given[name] = other
         holder = _holder(place)
         if "position_bias" in accepted and holder is not None:
-            fused = MARK in vars(module) and self.structured(holder, length, length)
-            with torch.no_grad():
-                given["position_bias"] = (
-                    structure(holder, length, length, 0)
-                    if fused
-                    else type(holder).compute_bias(holder, length, length)
-                )
+            given["position_bias"] = self._handed(module, holder, length, given.get("mask"))
         return (hidden,), given
+
+    def _handed(self, module: Any, holder: Any, length: int, mask: Any) -> Any:
+        """The bias that a layer is handed by the first of its stack, fused as it is itself."""
+        if MARK in vars(module) and self.structured(holder, length, length):
+            return structure(holder, length, length, 0)
+        with torch.no_grad():
+            bias = type(holder).compute_bias(holder, length, length)
+        summed = t5_older.is_older(module) and isinstance(mask, Tensor)
+        return bias + mask if summed else bias
 
 
 def _path(kind: type) -> str:
@@ -231,19 +244,17 @@ def _holder(place: Place) -> Any:
     return None
 
 
-def _mask(module: Any, hidden: Tensor, keep: Tensor, other: Tensor | None) -> Any:
-    """The mask that the model would make for the attention of `module`; None where it has none."""
+def _mask(place: Place, hidden: Tensor, keep: Tensor, other: Tensor | None) -> Any:
+    """The mask that the model would make for the attention of a module."""
     from transformers import masking_utils
 
-    config = module.config
-    if other is not None:
-        return masking_utils.create_bidirectional_mask(
-            config=config, inputs_embeds=hidden, attention_mask=keep, encoder_hidden_states=other
-        )
-    if not module.is_causal:
-        return masking_utils.create_bidirectional_mask(
-            config=config, inputs_embeds=hidden, attention_mask=keep
-        )
-    return masking_utils.create_causal_mask(
-        config=config, inputs_embeds=hidden, attention_mask=keep, past_key_values=None
-    )
+    causal = other is None and not bidirectional(place.module)
+    make = masking_utils.create_causal_mask if causal else masking_utils.create_bidirectional_mask
+    given = {"config": place.config, "inputs_embeds": hidden, "attention_mask": keep}
+    given |= {"past_key_values": None} if causal else {"encoder_hidden_states": other}
+    accepted = inspect.signature(make).parameters
+    if "cache_position" in accepted:  # of older versions
+        given["cache_position"] = torch.arange(hidden.shape[1])
+    if "inputs_embeds" not in accepted:
+        given["input_embeds"] = given.pop("inputs_embeds")
+    return make(**given)
