@@ -1138,4 +1138,33 @@ DEFECTS: tuple[Defect, ...] = (
         "        if self._made",
         ("tests/fuse/test_longt5.py::TestLocal::test_checkpointing_of_padded_rows",),
     ),
+    # The benchmark of fused models
+    Defect(
+        "floor-of-a-decoder-sees-the-future",
+        "benchmarks/fuse_bare.py",
+        "is_causal=query.shape[2] > 1",
+        "is_causal=False",
+        ("tests/benchmarks/test_fuse.py::test_the_bias_is_removed_and_nothing_else",),
+    ),
+    Defect(
+        "slowest-stock-way-is-taken",
+        "benchmarks/fuse_measure.py",
+        "name = min(times, key=lambda one: times[one])",
+        "name = max(times, key=lambda one: times[one])",
+        ("tests/benchmarks/test_fuse.py::test_the_fastest_stock_way_is_taken",),
+    ),
+    Defect(
+        "goal-without-a-number-holds",
+        "benchmarks/fuse_grid.py",
+        "        if value is None:\n            return False\n        return value >= self.limit",
+        "        if value is None:\n            return True\n        return value >= self.limit",
+        ("tests/benchmarks/test_fuse.py::test_goals",),
+    ),
+    Defect(
+        "old-numbers-of-changed-code-stay",
+        "benchmarks/fuse.py",
+        'return bool(group["fingerprint"] != fingerprint(cell.subject))',
+        "return False",
+        ("tests/benchmarks/test_fuse.py::test_a_changed_family_is_measured_again",),
+    ),
 )
