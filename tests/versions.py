@@ -227,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", help="names such as test_t5; default: all with cases")
     parser.add_argument("--version", action="append", default=[], help="run this one, no search")
     parser.add_argument("--floor", default="5.2.0", help="where the search begins")
+    parser.add_argument("--write", action="store_true", help="run nothing, write what was run")
     parser.add_argument("--fresh", action="store_true", help="forget what was run before")
     args = parser.parse_args(argv)
     FOLDER.mkdir(exist_ok=True)
@@ -234,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
     classes = fused_classes()
     wanted = args.files or [name for name in files() if any(_in(name, case) for case in classes)]
+    wanted = [] if args.write else wanted
     for name in wanted:
         tried = {} if args.fresh else runs.get(name, {})
         runs[name] = tried
