@@ -1138,6 +1138,37 @@ DEFECTS: tuple[Defect, ...] = (
         "        if self._made",
         ("tests/fuse/test_longt5.py::TestLocal::test_checkpointing_of_padded_rows",),
     ),
+    # Fused models of residue pairs
+    Defect(
+        "pair-bias-of-the-starting-node-around-the-ending",
+        "attnbias/fuse/pairs.py",
+        "z = z.transpose(1, 2)\n        mask = None if mask is None else mask.transpose(1, 2)\n"
+        "    kinds",
+        "mask = None if mask is None else mask.transpose(1, 2)\n    kinds",
+        ("tests/fuse/test_pairformer.py::TestPairformer::test_eval",),
+    ),
+    Defect(
+        "rows-that-see-nothing-give-nothing",
+        "attnbias/fuse/pairs.py",
+        "for number, kind in enumerate(kinds)]",
+        "for number, kind in enumerate(kinds) if kind.any()]",
+        ("tests/fuse/test_pairformer.py::TestPairformer::test_padded_places_too",),
+    ),
+    Defect(
+        "pairs-that-were-given-are-changed",
+        "attnbias/fuse/families/pairformer.py",
+        "_pairs_side(module, z.clone(), pairs, chunk_size)",
+        "_pairs_side(module, z, pairs, chunk_size)",
+        ("tests/fuse/test_pairformer.py::TestPairformer::test_inputs_are_left_alone",),
+    ),
+    Defect(
+        "low-rank-bias-in-training",
+        "attnbias/fuse/pairs.py",
+        "made = parts.heads.attend(x if rows is None else x[rows], parts.bias(entries, seen))",
+        "given = parts.bias(entries, seen) if parts.factors is None else parts.low_rank(z, seen)\n"
+        "        made = parts.heads.attend(x if rows is None else x[rows], given)",
+        ("tests/fuse/test_factors.py::test_gradients_are_exact",),
+    ),
     # The benchmark of fused models
     Defect(
         "floor-of-a-decoder-sees-the-future",
