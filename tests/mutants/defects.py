@@ -1134,8 +1134,8 @@ DEFECTS: tuple[Defect, ...] = (
     Defect(
         "table-of-a-checkpointed-layer-without-gradient",
         "attnbias/fuse/families/longt5.py",
-        "        if torch.is_grad_enabled():\n            return self._parts()\n        if self._made",
-        "        if self._made",
+        "if torch.is_grad_enabled():\n            return self._parts()\n        if self._made",
+        "if self._made",
         ("tests/fuse/test_longt5.py::TestLocal::test_checkpointing_of_padded_rows",),
     ),
     # Fused models of residue pairs
