@@ -1198,4 +1198,33 @@ DEFECTS: tuple[Defect, ...] = (
         "return False",
         ("tests/benchmarks/test_fuse.py::test_a_changed_family_is_measured_again",),
     ),
+    # What is known of classes, and rooms on a fused model
+    Defect(
+        "fused-model-observed-as-it-is",
+        "attnbias/hub/adapter.py",
+        "for aside in ASIDES:",
+        "for aside in ():",
+        ("tests/fuse/test_rooms.py::test_support_says_the_same",),
+    ),
+    Defect(
+        "undone-in-a-context-comes-back",
+        "attnbias/fuse/fused.py",
+        "if fused._root is not None and _fused.get(fused._root) is fused:",
+        "if fused._root is not None:",
+        ("tests/fuse/test_rooms.py::test_undone_inside_a_context_it_stays_undone",),
+    ),
+    Defect(
+        "subclass-with-its-own-bias-fused",
+        "attnbias/fuse/find.py",
+        'names = ", ".join(changed(type(place.module), kind))',
+        'names = ""',
+        ("tests/fuse/test_known.py::test_a_subclass_with_a_method_of_its_own_is_refused",),
+    ),
+    Defect(
+        "carriers-of-a-new-class-lost",
+        "attnbias/fuse/scan.py",
+        "found[name] = replace(one, uses=one.uses.union(*more))",
+        "continue",
+        ("tests/fuse/test_known.py::test_a_new_class_is_unknown",),
+    ),
 )
