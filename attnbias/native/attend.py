@@ -271,10 +271,13 @@ def attend(
     batch, heads, n = sizes[0], sizes[1], sizes[4]
     count = (n + BLOCK - 1) // BLOCK
     for place in prange(batch * heads * count):
+        # Under a causal mask late blocks are the dear ones: a thread takes one from each end.
+        number = place % count
+        number = count - 1 - number // 2 if number % 2 else number // 2
         _block(
             place // count // heads,
             place // count % heads,
-            place % count * BLOCK,
+            number * BLOCK,
             query,
             query_steps,
             panels,

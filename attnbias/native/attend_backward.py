@@ -302,6 +302,8 @@ def attend_backward(
     outer_heads = 1 if one_head else owners
     for place in prange(outer_batch * outer_heads * chunks):
         part, chunk = place // chunks, place % chunks
+        # Under a causal mask the first keys are the dear ones: a thread takes some from each end.
+        chunk = chunks - 1 - chunk // 2 if chunk % 2 else chunk // 2
         b, owner = part // outer_heads, part % outer_heads
         together = heads // owners
         b_last = batch if one_batch else b + 1

@@ -23,6 +23,7 @@ FAST = {"contract", "reassoc", "nsz", "arcp", "afn"}
 _LOCK = threading.Lock()
 
 prange = numba.prange
+_set_eval_frame: Any = torch._C._dynamo.eval_frame.set_eval_frame
 
 
 def inline(function: Function) -> Function:
@@ -55,7 +56,13 @@ def kernel(function: Function) -> Function:
             # PyTorch's too: other sums are then split otherwise, and their last bits change.
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
-            compiled(*arrays)
+            # `torch.compile` would look into numba's compiler too. What its own decorator does,
+            # without importing the whole of it.
+            before = _set_eval_frame(None)
+            try:
+                compiled(*arrays)
+            finally:
+                _set_eval_frame(before)
 
     return run  # type: ignore[return-value]
 

@@ -112,7 +112,7 @@ def test_small_strips_are_parts_of_large_ones(name: str, monkeypatch) -> None:
 
 def test_one_head_is_cut_by_keys_where_there_are_several_threads(monkeypatch) -> None:
     """The gradient of the queries is summed over parts of the keys, in one order."""
-    from attnbias.lowering import own
+    from attnbias.lowering import own_passes
 
     n = 600
     q, k, v = (draw(1, 1, n, 16, seed=s).requires_grad_() for s in range(3))
@@ -124,11 +124,26 @@ def test_one_head_is_cut_by_keys_where_there_are_several_threads(monkeypatch) ->
         return torch.autograd.grad(out.square().sum(), (q, k, v, given))
 
     whole = run()
-    monkeypatch.setattr(own._Ready, "_chunks", lambda self, units: 3)
+    monkeypatch.setattr(own_passes, "_chunks", lambda ready, units: 3)
     parts, again = run(), run()
     for a, b, c in zip(whole, parts, again, strict=True):
         agree(b, a.double(), 1e-5)
         assert torch.equal(b, c)
+
+
+def test_a_compiled_model_goes_around_the_loops() -> None:
+    q, k, v, given = (draw(1, 2, 64, 16, seed=s).requires_grad_() for s in range(4))
+    places = given[0, :, :, 0].repeat(1, 2)[:, :127]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        bias = ab.Relative(table, queries=64, keys=64)
+        return ab.attention(q * 2, k, v, bias=bias, lowering="own") + 1
+
+    found = torch.compile(call, backend="eager")(q, k, v, places)
+    want = call(q, k, v, places)
+    assert torch.equal(found, want)
+    slopes = [torch.autograd.grad(out.sum(), (q, k, v, given)) for out in (found, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
 
 
 def test_it_is_chosen_where_it_was_measured_to_win() -> None:
