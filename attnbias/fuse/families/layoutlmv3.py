@@ -130,7 +130,7 @@ class LayoutLMv3(Family):
     encoder: ClassVar[str] = f"{_V3}.LayoutLMv3Encoder"
     text: ClassVar[str] = "_cal_1d_pos_emb"
     page: ClassVar[str] = "_cal_2d_pos_emb"
-    least = 192 * 192
+    least = 160 * 160
 
     def encoder_of(self, place: Place) -> Any:
         """The encoder that a module is part of; None outside of one."""

@@ -80,7 +80,7 @@ class MPNet(Family):
     name = "mpnet"
     form = "T5 buckets"
     modules: ClassVar[tuple[str, ...]] = (f"{_STOCK}.MPNetSelfAttention",)
-    least = 192 * 192
+    least = 256 * 256
 
     def encoder_of(self, place: Place) -> Any:
         """The encoder that a module is part of; None outside of one."""
