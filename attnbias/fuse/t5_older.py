@@ -77,6 +77,8 @@ def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     alone = alone or bool(given.get("output_attentions"))
     if alone or not family.pays(hidden.device, module.n_heads, queries, keys):
         return _stock(module, given, mask_name, mark.original)
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        mask = mask.to(hidden.dtype)  # this code adds what it is given
     query = _heads(module, "q", hidden)
     key, value = _keys(module, source if crossing else hidden, given, crossing)
     if bias is None:

@@ -25,6 +25,8 @@ class Translating(Padded, Mapped, Generating):
 
 
 class TestMT5(Translating, Checkpointed):
+    sharpness = 5.0
+
     def build(self, **changes: Any) -> nn.Module:
         from transformers import MT5Config, MT5ForConditionalGeneration
 
@@ -130,6 +132,7 @@ class TestPix2StructText(Mapped):
     """The decoder alone, fed with what an encoder made."""
 
     sharp = TestPix2Struct.sharp
+    sharpness = 8.0
 
     def build(self, **changes: Any) -> nn.Module:
         from transformers import Pix2StructTextConfig, Pix2StructTextModel

@@ -245,9 +245,11 @@ def _holder(place: Place) -> Any:
 
 
 def _mask(place: Place, hidden: Tensor, keep: Tensor, other: Tensor | None) -> Any:
-    """The mask that the model would make for the attention of a module."""
+    """The mask that the model would make for the attention of a module; None without a model."""
     from transformers import masking_utils
 
+    if place.config is None:
+        return None
     causal = other is None and not bidirectional(place.module)
     make = masking_utils.create_causal_mask if causal else masking_utils.create_bidirectional_mask
     given = {"config": place.config, "inputs_embeds": hidden, "attention_mask": keep}
