@@ -20,7 +20,6 @@ from attnbias.fuse.family import Family, Place, Size
 from attnbias.fuse.position import PositionBias
 
 _T5 = "transformers.models.{0}.modeling_{0}.{1}Attention"
-_OWN = ("compute_bias", "_relative_position_bucket")  # what a subclass must not have of its own
 
 
 def strip(module: Any, index: Tensor, queries: int, keys: int, offset: int) -> Relative:
@@ -139,13 +138,8 @@ class T5(Family):
 
     def refuse(self, place: Place) -> str:
         module: Any = place.module
-        kind = type(module)
-        known = next(one for one in kind.__mro__ if _path(one) in self.modules)
-        for name in _OWN:
-            own = inspect.getattr_static(module, name, None)
-            if own is not inspect.getattr_static(known, name, None):
-                return f"it has a {name} of its own, other than that of {known.__name__}."
-        if known.__name__ == "UdopAttention" and not module.is_decoder:
+        udop = any(kind.__name__ == "UdopAttention" for kind in type(module).__mro__)
+        if udop and not module.is_decoder:
             return (
                 "UDOP's encoder adds a bias of where words stand on the page, which comes as a "
                 "tensor from outside of its attention."
@@ -218,10 +212,6 @@ class T5(Family):
             bias = type(holder).compute_bias(holder, length, length)
         summed = t5_older.is_older(module) and isinstance(mask, Tensor)
         return bias + mask if summed else bias
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _takes(module: nn.Module) -> Any:
