@@ -169,8 +169,14 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` with a part of one key of value 0: the output shrinks by what that key takes."""
     logit = sink.to(lse.dtype)[None, :, None].expand_as(lse)
-    return merge([(out, lse), (torch.zeros_like(out), logit)])
+    seen = (lse > -torch.inf) | (logit > -torch.inf)
+    # Rows that see nothing have NaN gradients in both: they are taken out before and put back.
+    safe, other = (torch.where(seen, one, 0.0) for one in (lse, logit))
+    weight = torch.where(seen, (safe - other).sigmoid(), 0.0)
+    total = torch.where(seen, torch.logaddexp(safe, other), -torch.inf)
+    return (out.to(lse.dtype) * weight[..., None]).to(out.dtype), total
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
