@@ -1256,4 +1256,33 @@ DEFECTS: tuple[Defect, ...] = (
         'return not getattr(module, "is_decoder", False)',
         ("tests/fuse/test_t5_kin.py::TestPix2StructText::test_fused_route_is_taken",),
     ),
+    # Fused ALiBi and sinks
+    Defect(
+        "eager-falcon-adds-alibi-once",
+        "attnbias/fuse/families/falcon.py",
+        "weight = weight.float() + alibi.float() * module.inv_norm_factor",
+        "weight = weight.float()",
+        ("tests/fuse/test_falcon.py::TestFalconEager::test_eval",),
+    ),
+    Defect(
+        "small-calls-see-hidden-keys",
+        "attnbias/fuse/alibi.py",
+        "return torch.where(mask <= low / 2, torch.finfo(kind).min, row.to(kind))",
+        "return row.to(kind)",
+        ("tests/fuse/test_alibi_uses.py::test_small_calls",),
+    ),
+    Defect(
+        "one-query-sees-padding",
+        "attnbias/fuse/alibi.py",
+        "and (request.padding is None or _real(request.padding, request.keys))",
+        "",
+        ("tests/fuse/test_alibi_uses.py::test_ways_to_generate",),
+    ),
+    Defect(
+        "sink-lost-in-small-calls",
+        "attnbias/fuse/families/gpt_oss.py",
+        "out = direct(query, key, value, entries, scale=scale, sink=s_aux, dropout=dropout)",
+        "out = direct(query, key, value, entries, scale=scale, sink=None, dropout=dropout)",
+        ("tests/fuse/test_alibi_uses.py::test_small_calls",),
+    ),
 )
