@@ -190,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--kind", nargs="+", choices=KINDS, help="only these kinds of cells")
     made.add_argument("--size", type=int, nargs="+", metavar="N", help="only these sizes")
     made.add_argument("--fresh", action="store_true", help="measure again what is there already")
-    made.add_argument("--minutes", type=float, default=30.0, help="end within so many minutes")
+    made.add_argument("--minutes", type=float, default=32.0, help="end within so many minutes")
     made.add_argument("--budget", type=float, default=3.0, help="seconds of a small cell, roughly")
     made.add_argument("--threads", type=int, help="threads of torch (its own choice when left out)")
     made.add_argument("--out", type=Path, help="the JSON file (benchmarks/results/...)")

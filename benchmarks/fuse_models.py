@@ -19,7 +19,7 @@ VOCABULARY = 1000
 WIDTH, HEADS = 512, 8
 TABLES = r"relative_attention_bias|relative_position_bias|rel_pos.*bias|sinks"
 PADDED_BATCH = 4
-MORE_MOST = 512
+MORE_MOST = 256
 STEPS = 8  # decoded tokens of one call
 
 

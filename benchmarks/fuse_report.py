@@ -145,6 +145,23 @@ README: tuple[tuple[str, str, int], ...] = (
 )
 
 
+def _peaks(groups: Mapping[str, Any], subject: str, kind: str, size: int) -> str:
+    """Stock's and the fused model's memory at this size, or at the largest that was measured."""
+    found = {
+        group["size"]: group["lines"]
+        for group in groups.values()
+        if group["subject"] == subject
+        and group["kind"] == f"memory {kind}"
+        and group["status"] == "ok"
+    }
+    if not found or (size < min(found)):
+        return ""
+    near = size if size in found else max(found)
+    peaks = [found[near][line].get("peak") for line in (STOCK, FUSED)]
+    words = " / ".join(f"{one / 1e9:.2f}" if one else "none" for one in peaks)
+    return words if near == size else f"{words} (at {near:,})"
+
+
 def readme(result: Mapping[str, Any]) -> str:
     """The table of the README and the sentence below it."""
     groups, rows = result["groups"], []
@@ -157,9 +174,7 @@ def readme(result: Mapping[str, Any]) -> str:
             rows.append([what, group["status"], *[""] * 4])
             continue
         lines, ratios = group["lines"], group["ratios"]
-        memory = groups.get(f"{subject}/memory {kind}/{size}", {}).get("lines", {})
-        peaks = [memory.get(line, {}).get("peak") for line in (STOCK, FUSED)]
-        words = " / ".join(f"{one / 1e9:.2f}" if one else "not measured" for one in peaks)
+        words = _peaks(groups, subject, kind, size)
         rows.append(
             [
                 what,
@@ -167,7 +182,7 @@ def readme(result: Mapping[str, Any]) -> str:
                 _time(lines[FUSED]),
                 f"{ratios['faster']:.2f}" if "faster" in ratios else "",
                 f"{ratios['over_bare']:.2f}" if "over_bare" in ratios else "",
-                words if memory else "",
+                words,
             ]
         )
     goals = result["goals"]

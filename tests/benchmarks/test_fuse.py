@@ -366,3 +366,28 @@ def test_the_report_names_what_falls_short() -> None:
     assert "  - FALLS SHORT: T5/forward/512: 1.2, goal at least 1.5" in rows
     assert "- times faster than stock: 0 of 1 hold" in rows
     assert "- of stock's time: 1 of 1 hold" in rows
+
+
+def test_the_table_of_the_readme() -> None:
+    cells = [Cell("T5", "forward", 512, 1), Cell("T5", "forward", 8192, 1)]
+    groups = {cell.key: group(cell) for cell in cells}
+    peaks = {STOCK: 4.9e9, FUSED: 0.98e9, BARE: 0.9e9}
+    lines = {name: {"status": "ok", "peak": peak} for name, peak in peaks.items()}
+    memory = Cell("T5", "memory forward", 8192, 1)
+    groups[memory.key] = {**group(memory), "lines": lines}
+    fold = Cell("ESMFold", "forward", 1024, 1)
+    groups[fold.key] = {**group(fold), "unit": "residues"}
+    smaller = Cell("ESMFold", "memory forward", 768, 1)
+    groups[smaller.key] = {**group(smaller), "lines": lines}
+    broken = Cell("MPT", "forward", 4096, 1)
+    groups[broken.key] = fuse.failed(broken, "code -11")
+    goals = fuse_grid.verdicts(groups)
+    said = fuse_report.readme({"groups": groups, "goals": goals})
+    assert "| T5, 512 tokens | 0.500 | 0.500 | 3.00 | 1.05 |  |" in said
+    assert "| T5, 8,192 tokens | 0.500 | 0.500 | 3.00 | 1.05 | 4.90 / 0.98 |" in said
+    assert (
+        "| ESMFold, 1,024 residues | 0.500 | 0.500 | 3.00 | 1.05 | 4.90 / 0.98 (at 768) |" in said
+    )
+    assert "| MPT, 4,096 tokens | failed |" in said
+    assert f"{sum(one['holds'] for one in goals)} of {len(goals)} goals hold" in said
+    assert "Bloom" not in said
