@@ -52,6 +52,12 @@ class TestPairformer(Padded, Trained):
         with ab.fuse(model, quiet=True, measure=False):
             assert self.off(self.run(model, given), wanted) <= self.tolerance
 
+    def test_nothing_is_left_to_stock_code(self) -> None:
+        """Two blocks, each with two triangle attentions; the check found nothing to leave alone."""
+        with ab.fuse(self.model(), quiet=True, measure=False) as fused:
+            assert fused.replaced == 6
+            assert not [one for one in fused.left if "trunk" in one.names[0]]
+
     def test_inputs_are_left_alone(self) -> None:
         block: Any = self.model().trunk.blocks[0]  # type: ignore[union-attr,index]
         s, z = torch.randn(2, 30, 32), torch.randn(2, 30, 30, 16)
