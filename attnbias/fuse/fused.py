@@ -44,7 +44,8 @@ class Sites:
 
     Attributes:
         names: where. kind: their class. family, form: whose code, and the bias in words.
-        lowering: how `attention` computes it in the check. gain: what was measured, if it was.
+        lowering: how `attention` computes it where it was measured, else in the check.
+        gain: what was measured, if it was.
         difference: largest difference of the output from stock over the largest output.
     """
 
@@ -259,7 +260,8 @@ def _open(
                 continue
         gain = measured(place, family, trial, *sizes) if measure else None
         form = family.form
-        fused.sites.append(Sites(names, kind, family.name, form, seen[1], difference, gain))
+        lowering = seen[1] if gain is None else gain.lowering or "its own code"
+        fused.sites.append(Sites(names, kind, family.name, form, lowering, difference, gain))
     if not places:
         raise Refused(
             f"{fused.model}: nothing is fused. {fused.left[-1].names[0]}: {fused.left[-1].reason}"

@@ -21,12 +21,16 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-5, torch.bfloat16: 3e-2, to
 
 @dataclass(frozen=True)
 class Gain:
-    """Seconds of one module's forward: `stock` and `fused`, at `batch` and `length`."""
+    """Seconds of one module's forward: `stock` and `fused`, at `batch` and `length`.
+
+    lowering: how `attention` computed it there; empty where the module took its own code.
+    """
 
     batch: int
     length: int
     stock: float
     fused: float
+    lowering: str = ""
 
     @property
     def ratio(self) -> float:
@@ -73,7 +77,7 @@ def measured(place: Place, family: Family, door: Door, batch: int, length: int) 
     """Time of both routes by turns, the median of a few rounds; each decides by size as ever."""
     times: dict[str, list[float]] = {"stock": [], "fused": []}
     length = length if family.longest is None else min(length, family.longest)
-    with evaluating(place.module), torch.no_grad():
+    with evaluating(place.module), torch.no_grad(), modes.recording() as seen:
         for number in range(ROUNDS + 1):
             for which in ("stock", "fused"):
                 if which == "fused":
@@ -88,4 +92,4 @@ def measured(place: Place, family: Family, door: Door, batch: int, length: int) 
                 finally:
                     door.close()
     stock, fused = (statistics.median(times[which]) for which in ("stock", "fused"))
-    return Gain(batch, length, stock, fused)
+    return Gain(batch, length, stock, fused, seen[-1][1] if seen else "")
