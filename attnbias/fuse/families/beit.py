@@ -85,6 +85,7 @@ class Beit(Family):
     name = "beit"
     form = "table of patches and a class token"
     modules: ClassVar[tuple[str, ...]] = (f"{_BEIT}.BeitAttention",)
+    least = 256 * 256
 
     def refuse(self, place: Place) -> str:
         return "" if list(self.tables(place)) else "it has no relative position bias."
