@@ -1285,4 +1285,33 @@ DEFECTS: tuple[Defect, ...] = (
         "out = direct(query, key, value, entries, scale=scale, sink=None, dropout=dropout)",
         ("tests/fuse/test_alibi_uses.py::test_small_calls",),
     ),
+    # Fused windows of images
+    Defect(
+        "masks-of-an-older-table",
+        "attnbias/fuse/windows.py",
+        "and all(_same(one, other) for one, other in zip(found[0], sources, strict=True))",
+        "and True",
+        ("tests/fuse/test_windows.py::test_a_changed_table_is_followed",),
+    ),
+    Defect(
+        "corner-seen-as-a-side",
+        "attnbias/fuse/windows.py",
+        "kind[:, :, -1] += 1",
+        "kind[:, :-1, -1] += 1",
+        ("tests/fuse/test_windows.py::test_every_window_sees_its_own",),
+    ),
+    Defect(
+        "gradient-of-one-part-of-the-windows",
+        "attnbias/fuse/masked.py",
+        "summed[number] += steps.sum(0)",
+        "summed[number] = steps.sum(0)",
+        ("tests/fuse/test_swin.py::TestSwin::test_gradients",),
+    ),
+    Defect(
+        "class-token-s-entries-exchanged",
+        "attnbias/fuse/families/beit.py",
+        "[itself, to_patch, from_patch, unread]",
+        "[itself, from_patch, to_patch, unread]",
+        ("tests/fuse/test_windows.py::test_other_image_sizes",),
+    ),
 )
