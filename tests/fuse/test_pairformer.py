@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attnbias as ab
-from attnbias.fuse import modes
+from attnbias.fuse import learn, modes
 from attnbias.fuse.plain.pairformer import Pairformer, PairformerBlock
 from tests.cases.fuse_parts import Padded, Trained
 
@@ -57,6 +57,19 @@ class TestPairformer(Padded, Trained):
         with ab.fuse(self.model(), quiet=True, measure=False) as fused:
             assert fused.replaced == 6
             assert not [one for one in fused.left if "trunk" in one.names[0]]
+
+    def test_low_rank_reaches_the_exact_output(self) -> None:
+        """The whole model with pair biases of a lower rank: off by less with more, then by none."""
+        model = self.model()
+        given = self.inputs(1, 30)
+        wanted = self.run(model, given)
+        off = []
+        for rank in (1, 8, 30):
+            found = learn(model, [given], rank=rank, quiet=True)
+            with ab.fuse(model, quiet=True, measure=False, factors=found):
+                off.append(self.off(self.run(model, given), wanted))
+        assert off[0] > off[1] > 1e-4
+        assert off[2] <= self.tolerance
 
     def test_inputs_are_left_alone(self) -> None:
         block: Any = self.model().trunk.blocks[0]  # type: ignore[union-attr,index]
