@@ -83,6 +83,25 @@ def test_equals_float64(name: str, causal: bool) -> None:
         agree(a, b.double(), 1e-5, f"{name} {place}")
 
 
+def test_many_tiles_of_keys() -> None:
+    """The largest score comes late, so that what was summed before has to fade."""
+    n, m = 90, 1300
+    q, k, v = (draw(1, 2, size, 16, seed=size) for size in (n, m, m))
+    for causal in (False, True):
+        rise = ab.KeyBias(torch.linspace(-4.0, 4.0, m)) + ab.Relative(
+            draw(2, n + m - 1), queries=n, keys=m
+        )
+        found = []
+        for low in ("own", "reference"):
+            own = [t.clone().requires_grad_() for t in (q, k, v)]
+            given = [p.detach().requires_grad_() for p in rise.parameters()]
+            out = ab.attention(*own, bias=rise.with_parameters(given), causal=causal, lowering=low)
+            slopes = torch.autograd.grad((out * draw(*out.shape)).sum(), [*own, *given])
+            found.append([out.detach(), *slopes])
+        for a, b in zip(*found, strict=True):
+            agree(a, b.double(), 1e-5)
+
+
 @pytest.mark.parametrize("name", ["table", "pairs of all batch elements", "segments in pieces"])
 def test_drops_what_the_other_lowerings_drop(name: str) -> None:
     found, want = (both(CASES[name], low, True, dropout=0.3) for low in ("own", "stream"))

@@ -1314,4 +1314,33 @@ DEFECTS: tuple[Defect, ...] = (
         "[itself, from_patch, to_patch, unread]",
         ("tests/fuse/test_windows.py::test_other_image_sizes",),
     ),
+    # The compiled attention
+    Defect(
+        "own-takes-padding-with-gaps-for-a-range",
+        "attnbias/lowering/own_parts.py",
+        "return (first, last) if bool((last - first == count).all()) else None",
+        "return first, last",
+        ("tests/lowering/test_own.py::test_equals_float64",),
+    ),
+    Defect(
+        "own-adds-the-gradient-of-the-log-sum-exp",
+        "attnbias/lowering/own_passes.py",
+        "delta = delta - grad_lse.float()",
+        "delta = delta + grad_lse.float()",
+        ("tests/lowering/test_own.py::test_equals_float64",),
+    ),
+    Defect(
+        "own-sums-the-diagonals-of-a-strip-as-if-it-were-the-first",
+        "attnbias/lowering/own_passes.py",
+        "start = ready.n - row.stop",
+        "start = ready.n - (row.stop - row.start)",
+        ("tests/lowering/test_own.py::test_small_strips_are_parts_of_large_ones",),
+    ),
+    Defect(
+        "own-forgets-that-earlier-tiles-fade",
+        "attnbias/native/attend.py",
+        "total[i] *= fade",
+        "total[i] *= np.float32(1)",
+        ("tests/lowering/test_own.py::test_many_tiles_of_keys",),
+    ),
 )
