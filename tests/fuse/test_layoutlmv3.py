@@ -97,6 +97,16 @@ class TestImage(Document):
         assert "Padding" in kinds[0]
         assert kinds[2**23].startswith("Dense")
 
+    def test_double_precision(self) -> None:
+        model = self.model().double()
+        given = self.padded(45)[0]
+        given["pixel_values"] = given["pixel_values"].double()
+        wanted = self.run(model, given)
+        with ab.fuse(model, quiet=True, measure=False), modes.recording() as seen:
+            found = self.run(model, given)
+        assert seen
+        assert self.off(found, wanted) <= 1e-12
+
     def test_small_bias_is_built_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = self.model()
         with ab.fuse(model, quiet=True, measure=False):

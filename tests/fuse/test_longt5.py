@@ -76,6 +76,12 @@ class Local(Base):
             mask[1:, 0] = 1
         assert self.everywhere(mask) <= self.tolerance
 
+    def test_other_formats_are_refused(self) -> None:
+        """The stock code takes its softmax in float32: in float64 nothing equals it to 1e-8."""
+        model = self.model().double()
+        with pytest.raises(Refused, match=r"weights in torch\.float64"):
+            ab.fuse(model, quiet=True)
+
     def test_maps_are_stock(self) -> None:
         model = self.model()
         given = self.inputs(2, 21)

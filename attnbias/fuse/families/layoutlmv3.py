@@ -42,7 +42,7 @@ def _distances(weight: Tensor, places: Tensor, bins: int, far: int) -> GridRelat
         places = places[:1]
     distance = torch.arange(-far, far + 1, device=weight.device)
     index = t5_buckets(distance, buckets=bins, max_distance=far)
-    table = weight.detach().float()[:, index]
+    table = weight.detach()[:, index]
     return GridRelative(table, places[..., None], center=far, outside="clamp")
 
 
@@ -97,7 +97,9 @@ def forward(
     kind = hidden_states.dtype
     size = Size(batch, heads, length, length, needs, kind, hidden_states.device)
     plain = not any(one is not None and one is not False for one in more)
-    structured = plain and length > 0 and all(isinstance(one, PositionBias) for one in given)
+    structured = (
+        plain and min(batch, length) > 0 and all(isinstance(one, PositionBias) for one in given)
+    )
     if not (structured and family.takes(size)):
         attention_mask = stock_mask(attention_mask, mark.original, hidden_states)
         named = {"rel_pos": rel_pos, "rel_2d_pos": rel_2d_pos}
@@ -164,7 +166,7 @@ class LayoutLMv3(Family):
         batch, length = places.shape
         heads = encoder.config.num_attention_heads
         kind = next(encoder.parameters()).dtype
-        return length > 0 and self.takes(
+        return min(batch, length) > 0 and self.takes(
             Size(batch, heads, length, length, False, kind, places.device)
         )
 
@@ -181,7 +183,8 @@ class LayoutLMv3(Family):
         whole = add(*terms)
         size = (whole.batch, whole.heads, query.shape[2], query.shape[2])
         if math.prod(size) <= KEPT and not isinstance(whole, (Relative, Padding)):
-            built = torch.zeros(size, device=query.device)
+            kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+            built = torch.zeros(size, dtype=kind, device=query.device)
             whole.add_to(built)
             whole = Dense(built)
         if isinstance(shared, _Layers):

@@ -19,6 +19,7 @@ from attnbias.fuse.family import Family, Place, Size, compute
 from attnbias.fuse.position import PositionBias
 
 _STOCK = "transformers.models.longt5.modeling_longt5"
+# The stock code takes the softmax in float32, and in float16 its -1e10 is minus infinity.
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -241,6 +242,9 @@ class LongT5(Family):
 
     def refuse(self, place: Place) -> str:
         module: Any = place.module
+        kind = module.q.weight.dtype
+        if kind not in _DTYPES:
+            return f"weights in {kind}: fused are those in float32 and bfloat16."
         for name in ("relative_attention_bias", "global_relative_attention_bias"):
             table = getattr(module, name, None)
             if table is not None and (
@@ -261,7 +265,7 @@ class LongT5(Family):
         size = Size(batch, module.n_heads, length, length, needs, hidden.dtype, hidden.device)
         if maps or not isinstance(mask, Tensor) or hidden.dtype not in _DTYPES:
             return None
-        if not length or not self.takes(size):
+        if not batch or not length or not self.takes(size):
             return None
         if position_bias is not None:
             return position_bias if isinstance(position_bias, self.travels) else None
