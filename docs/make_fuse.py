@@ -32,7 +32,8 @@ def families() -> str:
         for path in family.modules:
             groups.setdefault(oldest(path, family.name), []).append(_name(path))
         for since, names in groups.items():
-            said = f"{since} or newer" if since else "not run"
+            own = not any(path.startswith("transformers.") for path in family.modules)
+            said = "not needed" if own else f"{since} or newer" if since else "not run"
             lines.append(f"| {family.name} | {family.form} | {', '.join(names)} | {said} |")
     return "\n".join(lines)
 
