@@ -131,7 +131,8 @@ class Triangle:
         """The pair bias ``(1, heads, N, N)``, keys hidden."""
         if seen is None:
             return Dense(entries)
-        return Dense(entries.float() + self.infinity * (seen.float() - 1))
+        kind = torch.promote_types(entries.dtype, torch.float32)
+        return Dense(entries.to(kind) + self.infinity * (seen.to(kind) - 1))
 
     def low_rank(self, z: Tensor, seen: Tensor | None) -> Bias:
         """What stands for the bias of ``z (N, N, channels)``."""
@@ -152,7 +153,7 @@ class TriangleFamily(Family):
 
     form = "pair bias, one matrix for all rows"
     least = 80 * 80
-    longest = 256
+    longest = 192  # a second or two
 
     @abstractmethod
     def triangle_of(self, module: Any) -> Triangle:

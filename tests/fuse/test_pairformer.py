@@ -71,6 +71,25 @@ class TestPairformer(Padded, Trained):
         assert off[0] > off[1] > 1e-4
         assert off[2] <= self.tolerance
 
+    def test_float64(self) -> None:
+        model = self.model().double()
+        given, real = self.padded(self.length)
+        pairs = torch.cat([torch.ones(32), real[1].repeat_interleave(16)]).bool()
+        wanted = self.run(model, given)[real][:, pairs]
+        with ab.fuse(model, quiet=True, measure=False):
+            found = self.run(model, given)[real][:, pairs]
+        assert self.off(found, wanted) <= 1e-12
+
+    def test_autocast(self) -> None:
+        model = self.model()
+        given = self.inputs(2, self.length)
+        exact = self.run(model, given)
+        with torch.autocast("cpu", torch.bfloat16):
+            stock = self.off(self.run(model, given).float(), exact)
+            with ab.fuse(model, quiet=True, measure=False):
+                found = self.off(self.run(model, given).float(), exact)
+        assert 0 < found <= 1.5 * stock + 1e-3
+
     def test_inputs_are_left_alone(self) -> None:
         block: Any = self.model().trunk.blocks[0]  # type: ignore[union-attr,index]
         s, z = torch.randn(2, 30, 32), torch.randn(2, 30, 30, 16)

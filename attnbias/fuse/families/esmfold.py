@@ -198,7 +198,7 @@ class EsmFoldBlock(Family):
     modules: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldTriangularSelfAttentionBlock",)
     parts: ClassVar[tuple[str, ...]] = (f"{MODELS}.EsmFoldSelfAttention",)
     least = 64 * 64
-    longest = 256
+    longest = 192
 
     def prepare(self, place: Place, door: Door) -> None:
         door.method(place.module, "forward", block)

@@ -168,7 +168,7 @@ class PairformerBlocks(Family):
     modules: ClassVar[tuple[str, ...]] = (f"{stock.__name__}.PairformerBlock",)
     parts: ClassVar[tuple[str, ...]] = (f"{stock.__name__}.AttentionPairBias",)
     least = 64 * 64
-    longest = 256
+    longest = 192
 
     def prepare(self, place: Place, door: Door) -> None:
         door.method(place.module, "forward", block)
