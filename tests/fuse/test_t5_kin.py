@@ -8,12 +8,21 @@ import torch
 from torch import Tensor, nn
 
 import attnbias as ab
-from tests.cases.fuse import VOCABULARY
+from tests.cases.fuse import VOCABULARY, FuseCase
 from tests.cases.fuse_parts import Checkpointed, Generating, Mapped, Padded, Pretrained, Trained
 from tests.fuse.test_t5 import SMALL
 
 
-class Translating(Padded, Mapped, Generating):
+class Whole(FuseCase):
+    """All of its attention with a table, and what reuses it, is fused."""
+
+    def test_nothing_is_left(self) -> None:
+        with ab.fuse(self.model(), quiet=True, measure=False) as fused:
+            assert fused.left == []
+            assert max(one.difference for one in fused.sites) <= 1e-5
+
+
+class Translating(Whole, Padded, Mapped, Generating):
     """An encoder and a decoder, both fed with tokens."""
 
     def inputs(self, batch: int, length: int) -> dict[str, Tensor]:
@@ -40,7 +49,7 @@ class TestUMT5(Translating, Checkpointed, Pretrained):
         return UMT5ForConditionalGeneration(UMT5Config(**{**SMALL, **changes}))
 
 
-class TestUMT5Encoder(Padded, Mapped):
+class TestUMT5Encoder(Whole, Padded, Mapped):
     def build(self, **changes: Any) -> nn.Module:
         from transformers import UMT5Config, UMT5EncoderModel
 
@@ -85,7 +94,7 @@ class TestPop2Piano(Translating, Trained):
         return Generating.generate(self, model, given)
 
 
-class TestPix2Struct(Padded, Trained, Generating):
+class TestPix2Struct(Whole, Padded, Trained, Generating):
     """Fed with patches of a picture, of which a few are padding."""
 
     sharp = r"(self_attention|encoder_decoder_attention)\.attention\.query\.weight"
@@ -128,7 +137,7 @@ class TestPix2Struct(Padded, Trained, Generating):
         return super().generate(model, {"flattened_patches": given["flattened_patches"]})
 
 
-class TestPix2StructText(Mapped):
+class TestPix2StructText(Whole, Mapped):
     """The decoder alone, fed with what an encoder made."""
 
     sharp = TestPix2Struct.sharp
