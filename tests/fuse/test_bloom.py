@@ -44,14 +44,14 @@ class TestBloom(Padded, Mapped, Checkpointed, Pretrained, Generating):
     def without(self, model: nn.Module) -> Iterator[None]:
         from transformers.models.bloom import modeling_bloom
 
-        def flat(heads: int, device: Any) -> Tensor:
+        def slopes(heads: int, device: Any) -> Tensor:
             return torch.zeros(heads, device=device)
 
-        def empty(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        def flat(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(mask.shape[0] * heads, 1, mask.shape[1], dtype=dtype)
 
-        # Older versions have the slopes inside the function that makes the tensor.
-        slopes = hasattr(modeling_bloom, "_get_alibi_slopes")
-        name = "_get_alibi_slopes" if slopes else "build_alibi_tensor"
-        with mock.patch.object(modeling_bloom, name, flat if slopes else empty):
+        # Older versions make their numbers in one function.
+        new = hasattr(modeling_bloom, "_get_alibi_slopes")
+        given = ("_get_alibi_slopes", slopes) if new else ("build_alibi_tensor", flat)
+        with mock.patch.object(modeling_bloom, *given):
             yield
