@@ -28,7 +28,7 @@ from tests.fuse.test_swin import TestSwinV2 as OfSwinV2
 def test_every_window_sees_its_own(
     height: int, width: int, shift: int, learns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Few windows at a time in the backward pass; one call for all in some cases, one a kind in others.
+    # A few windows at a time in the backward pass; one call for all of them, or one a kind.
     monkeypatch.setattr(masked, "SCORES", 3 * 2 * 16**2)
     monkeypatch.setattr(masked, "TOGETHER", 2**18 if width % 2 else 0)
     torch.manual_seed(0)
