@@ -52,6 +52,18 @@ def test_similarities_are_those_of_the_model(minilm):
     assert found[0] > found[3] + 0.3  # a paraphrase against two unrelated sentences
 
 
+def test_the_fused_model_is_the_model(capsys):
+    from attnbias.fuse import modes
+    from examples import demo
+
+    with modes.taking("fused"):
+        demo.fuse(length=160, layers=1, rounds=1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 attention modules fused" in said
+    assert "A position bias of 1 MB is no longer made" in said  # 4 bytes x 8 heads x 160 x 160
+    assert float(said.rsplit("outputs: ", 1)[1].rstrip(".")) < 1e-4
+
+
 @pytest.mark.slow
 def test_the_whole_demo(root, tmp_path, minilm):
     """`make demo` without the installation: under two minutes, with its page and its picture."""
@@ -63,6 +75,8 @@ def test_the_whole_demo(root, tmp_path, minilm):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert time.perf_counter() - start < 120
-    assert "bit for bit the same" in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    assert "bit for bit the same" in said
+    assert "times faster" in said
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
