@@ -16,9 +16,9 @@ from attnbias.fuse.interface import stock_mask
 from attnbias.fuse.position import PositionBias
 from attnbias.hub.masks import mask_terms
 
-# Entries of a bias up to which it is built once for all layers: 32 MB. A page of 512 words and 196
-# patches in 12 heads has 24 MB, of which the stock code holds five at a time.
-KEPT = 2**23
+# Entries of a bias up to which it is built once for all layers: 128 MB, whatever the length. A page
+# of 512 words and 197 patches in 12 heads has 24 MB, of which the stock code holds several.
+KEPT = 2**25
 
 _V3 = "transformers.models.layoutlmv3.modeling_layoutlmv3"
 _V2 = "transformers.models.layoutlmv2.modeling_layoutlmv2"
