@@ -150,13 +150,21 @@ def failed(cell: Cell, reason: str) -> dict[str, Any]:
 # Memory ------------------------------------------------------------------------------------------
 
 
+def _nearest(cell: Cell, groups: dict[str, Any]) -> dict[str, Any]:
+    """The timed cell of the same model and kind that is nearest in size."""
+    kind = cell.kind.split()[-1]
+    same = [g for g in groups.values() if (g["subject"], g["kind"]) == (cell.subject, kind)]
+    found: dict[str, Any] = min(same, key=lambda g: abs(g["size"] - cell.size), default={})
+    return found
+
+
 def memory(cell: Cell, groups: dict[str, Any], threads: int | None) -> dict[str, Any]:
     """One fresh process for each line; the stock way is the one that was fastest by time."""
     from benchmarks.fuse_measure import compared, guarded
     from benchmarks.fuse_models import SUBJECTS
 
     def measure() -> dict[str, Any]:
-        timed = groups.get(f"{cell.subject}/{cell.kind.split()[-1]}/{cell.size}", {})
+        timed = _nearest(cell, groups)
         if timed.get("status") == "missing":
             return {"status": "missing", "reason": timed["reason"]}
         lines = timed.get("lines", {})

@@ -111,7 +111,7 @@ def one_layer(monkeypatch: pytest.MonkeyPatch) -> Cell:
     variants = (models.SDPA, models.EAGER)
     small = Subject("T5", "small", "tokens", lambda size: models.t5(size, 1), models.ids, variants)
     monkeypatch.setitem(SUBJECTS, "T5", small)
-    return Cell("T5", "forward", 160, 0.1)
+    return Cell("T5", "forward", 640, 0.1)
 
 
 def test_a_cell(one_layer: Cell) -> None:
@@ -201,7 +201,7 @@ def test_the_fastest_stock_way_is_taken(one_layer: Cell, monkeypatch: pytest.Mon
     large = Cell("T5", "forward", 32, 100.0)
     assert fuse_measure.best(made(wide, 16), wide, large, notes)[0].name == "sdpa"
     assert notes["slow"]["status"] == "not tried"
-    assert "the time of sdpa at 160" in notes["slow"]["reason"]
+    assert "the time of sdpa at 640" in notes["slow"]["reason"]
 
 
 def test_memory_of_one_line(one_layer: Cell) -> None:
@@ -391,3 +391,26 @@ def test_the_table_of_the_readme() -> None:
     assert "| MPT, 4,096 tokens | failed |" in said
     assert f"{sum(one['holds'] for one in goals)} of {len(goals)} goals hold" in said
     assert "Bloom" not in said
+
+
+def test_memory_has_a_process_for_each_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def fresh(module: str, arguments: list[str], **_: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        if "stock" in arguments:
+            raise fuse.common.ChildFailed("exit code -9: nothing")
+        return {"status": "ok", "peak": 10**9}
+
+    monkeypatch.setattr(fuse.common, "fresh", fresh)
+    cell = Cell("ESMFold", "memory forward", 768, 1.0)
+    timed = Cell("ESMFold", "forward", 512, 1.0)
+    known = group(timed)
+    known["lines"][STOCK] = {**known["lines"][STOCK], "variant": "chunks of 16"}
+    found = fuse.memory(cell, {timed.key: known}, None)
+    assert [one[one.index("--line") + 1] for one in calls] == [FUSED, BARE, STOCK]
+    assert {one[-1] for one in calls} == {"chunks of 16"}  # the fastest at the nearest size
+    assert found["lines"][STOCK]["status"] == "does not fit"
+    assert found["ratios"] == {"memory_over_bare": 1.0, "extra_mb": 0.0}
+    missing = {timed.key: {**known, "status": "missing", "reason": "no such family"}}
+    assert fuse.memory(cell, missing, None)["status"] == "missing"
