@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": CORE,
     "observe": CORE | {"hub"},
     "steer": CORE | {"hub", "observe"},
-    "fuse": CORE | {"hub"},
+    "fuse": CORE | {"hub", "fit"},  # pair biases of low rank are fitted
     "measures": CORE | {"hub", "observe", "steer"},
     "protocols": CORE | {"hub", "observe", "steer", ""},  # it calls steer as users do
     "report": CORE | {"hub", "observe", "steer", "measures"},
