@@ -176,7 +176,9 @@ class FuseCase:
     def test_undone(self) -> None:
         model = self.model()
         given = self.inputs(2, self.length)
-        before, wanted = state(model), self.run(model, given)
+        # After a first forward: some models keep lengths or caches of it.
+        wanted = self.run(model, given)
+        before = state(model)
         with contextlib.suppress(NoSuchError), ab.fuse(model, quiet=True, measure=False):
             assert state(model).keys() != before.keys()
             self.run(model, given)
