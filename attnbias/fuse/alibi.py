@@ -83,7 +83,8 @@ def attend(
     """
 
     def whole() -> Bias:
-        masks = mask_terms(request, query, key.shape[2], original, False, who)
+        causal = original != "eager"  # what sdpa is without a mask
+        masks = mask_terms(request, query, key.shape[2], original, causal, who)
         return add(KeyBias(weight), *masks)
 
     if not is_small(query, key):
@@ -111,6 +112,9 @@ def small_entries(request: MaskRequest, original: str, weight: Tensor | None) ->
     """
     mask = None if sees_all(request) else request.stock(original)
     row = None if weight is None else weight[:, :, None]
+    if mask is None and request.queries > 1 and original != "eager":
+        shape = request.queries, request.keys
+        mask = torch.ones(shape, dtype=torch.bool, device=request.device).tril()[None, None]
     if mask is None:
         return row
     if mask.dtype == torch.bool:
@@ -214,6 +218,13 @@ def causal_mask(config: Any, hidden: Tensor, *, always: bool = False) -> Any:
     if always and "allow_is_causal_skip" in known:
         given["allow_is_causal_skip"] = False
     return create_causal_mask(**given)
+
+
+def forces_masks() -> bool:
+    """Whether this transformers can be told to make a mask where the operator's own would do."""
+    from transformers.masking_utils import create_causal_mask
+
+    return "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
 
 
 def modelling(module: nn.Module) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnbias.errors import Refused
-from attnbias.fuse.alibi import KeyFamily, attend, causal_mask, modelling, shared
+from attnbias.fuse.alibi import KeyFamily, attend, causal_mask, forces_masks, modelling, shared
 from attnbias.fuse.door import MARK, Door, Mark
 from attnbias.fuse.family import Place
 from attnbias.fuse.interface import stock_mask
@@ -178,6 +178,8 @@ class Falcon(KeyFamily):
     def refuse(self, place: Place) -> str:
         if not getattr(place.config, "alibi", False):
             return "this model has rotary positions and no bias (config.alibi is False)."
+        if not forces_masks():
+            return "this transformers makes its mask in a way that hides structure; 5.23 does not."
         owner: Any = place.owner
         kinds: dict[str, Any] = {_path(one): one for one in type(owner).__mro__}
         if _OWNER not in kinds or type(owner).forward is not kinds[_OWNER].forward:
