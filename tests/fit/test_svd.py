@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import attnbias as ab
+from attnbias import native
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -78,8 +79,9 @@ def test_explain_says_where_the_fit_wins_and_where_not() -> None:
     """A dense matrix is slower than few columns at length; a table by distance is not."""
     q = torch.empty(1, 2, 1024, 64)
     columns = ab.fit_svd(ab.Dense(planted(2, 1024, 1024, 2)[None, :1]), rank=2)
+    with native.disabled():
+        assert columns.explain(q, q, q)[1].chosen == "fold"
     original, fitted = columns.explain(q, q, q)
-    assert fitted.chosen == "fold"
     assert (fitted.offers[0].time < original.offers[0].time) == (
         "fitted form wins" in columns.compare(q, q, q)
     )
