@@ -38,6 +38,7 @@ class KeyFamily(Family):
     """
 
     form = "ALiBi (a bias per key)"
+    tokens = True
 
     def takes(self, size: Size) -> bool:
         return modes.route() != "stock" and size.device.type == "cpu"

@@ -81,6 +81,7 @@ class Family(ABC):
         parts: dotted paths of the classes of attention inside its modules, computed along with
             them.
         longest: the gain of one module is measured at no more than this length; None: at any.
+        tokens: whether calls of one query (a decoded token) are taken, too.
     """
 
     name: ClassVar[str]
@@ -89,6 +90,7 @@ class Family(ABC):
     form: ClassVar[str]
     least: ClassVar[int] = 0
     longest: ClassVar[int | None] = None
+    tokens: ClassVar[bool] = False
 
     def refuse(self, place: Place) -> str:
         """Why this module of a known class is left alone; empty where it is not."""

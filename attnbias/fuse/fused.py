@@ -303,7 +303,8 @@ def plan(places: list[tuple[Place, Any]], root: nn.Module) -> Door:
                 f"{type(root).__name__} uses attention implementation {original!r}; write "
                 f"model.set_attn_implementation('sdpa') first (supported: {', '.join(SUPPORTED)})."
             )
-        door.change(switching(config))
+        tokens = any(family.tokens for place, family in places if place.config is config)
+        door.change(switching(config, tokens))
     families = {id(place.module): family for place, family in places}
     for module in root.modules():
         known = configs.get(id(getattr(module, "config", None)))

@@ -23,7 +23,8 @@ from attnbias.hub.stock import stock_attention
 
 NAME = FUSED
 SUPPORTED = ("sdpa", "eager")
-_originals: dict[int, tuple[Any, str]] = {}  # id of a config -> itself and what it named
+# id of a config -> itself, what it named, and whether masks of one query are requests, too.
+_originals: dict[int, tuple[Any, str, bool]] = {}
 
 
 @modes.outside_graphs
@@ -73,8 +74,11 @@ def mark_of(module: nn.Module) -> Mark:
 
 
 @modes.outside_graphs
-def mask_function(*args: Any, **kwargs: Any) -> MaskRequest:
-    """What transformers calls for a mask under our name: the request is kept, not carried out."""
+def mask_function(*args: Any, **kwargs: Any) -> Any:
+    """What transformers calls for a mask under our name: the request is kept, not carried out.
+
+    A decoded token's mask is one row, and where no family takes its attention, it is made at once.
+    """
     given = kwargs.get("attention_mask")
     if isinstance(given, MaskRequest):
         return given
@@ -82,6 +86,9 @@ def mask_function(*args: Any, **kwargs: Any) -> MaskRequest:
     if args:
         names = ("batch_size", "q_length", "kv_length")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    alone = known is not None and not known[2] and modes.route() != "fused"
+    if known is not None and alone and kwargs.get("q_length") == 1:
+        return _stock_mask(known[1])(**kwargs)
     return MaskRequest(_stock_mask, kwargs, None if known is None else known[1])
 
 
@@ -95,14 +102,14 @@ def _stock_mask(original: str) -> Rule:
 _registered = Registered(NAME, attention_function, mask_function)
 
 
-def switching(config: Any) -> Callable[[], Callable[[], None]]:
-    """The change of a `Door` that lets `config` name us."""
+def switching(config: Any, tokens: bool) -> Callable[[], Callable[[], None]]:
+    """The change of a `Door` that lets `config` name us; `tokens`: see `Family.tokens`."""
 
     def change() -> Callable[[], None]:
         with LOCK:
             before = vars(config)[CONFIG_KEY]
             _registered.add()
-            _originals[id(config)] = (config, before or "eager")
+            _originals[id(config)] = (config, before or "eager", tokens)
             vars(config)[CONFIG_KEY] = NAME
 
         def back() -> None:

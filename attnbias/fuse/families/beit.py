@@ -29,6 +29,8 @@ class ImageBias(PositionBias):
 
     def __add__(self, other: Any) -> Any:
         if isinstance(other, ImageBias):
+            if isinstance(other, MadeBias):
+                return other + self
             assert self.bias is not None
             assert other.bias is not None
             return ImageBias(add(self.bias, other.bias), self.dtype)
@@ -36,6 +38,24 @@ class ImageBias(PositionBias):
             # A mask that hides something is added as the stock code adds it, whatever comes of it.
             mask = other.stock(other.original or "sdpa")
             return self if mask is None else self.tensor() + mask
+        return super().__add__(other)
+
+
+class MadeBias(ImageBias):
+    """The stock code's tensor on the same way: a mask that hides nothing is not added to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(None, tensor.dtype)
+        self._whole = tensor
+
+    def tensor(self) -> Tensor:
+        return self._whole
+
+    stock = tensor
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, ImageBias):
+            return MadeBias(self._whole + other.tensor())
         return super().__add__(other)
 
 
@@ -66,7 +86,8 @@ def bias_forward(
     tokens = window_size[0] * window_size[1] + 1
     resized = interpolate_pos_encoding and dim_size != tokens
     if resized or not family.structured(tokens, table):
-        return type(module).forward(module, window_size, interpolate_pos_encoding, dim_size)
+        made = type(module).forward(module, window_size, interpolate_pos_encoding, dim_size)
+        return MadeBias(made)
     return ImageBias(image_bias(table, tuple(module.window_size), tuple(window_size)), table.dtype)
 
 
@@ -124,7 +145,9 @@ class Beit(Family):
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> Tensor | None:
-        if not isinstance(mask, ImageBias) or not self.takes(Size.of(query, key)):
+        if not isinstance(mask, ImageBias) or isinstance(mask, MadeBias):
+            return None
+        if not self.takes(Size.of(query, key)):
             return None
         return compute(query, key, value, mask.bias, scale=scaling, dropout=dropout)
 
@@ -171,7 +194,7 @@ def forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         interpolate = given.get("interpolate_pos_encoding", False)
         own = module.relative_position_bias(tuple(sides), interpolate, dim_size=hidden.shape[1])
         made.append(own)
-    if not taken or not all(isinstance(one, ImageBias) for one in made):
+    if not taken or not all(isinstance(one, ImageBias) and one.bias is not None for one in made):
         if isinstance(shared, PositionBias):
             given["relative_position_bias"] = shared.stock()
         return kind.forward(*bound.args, **bound.kwargs)

@@ -110,7 +110,7 @@ class T5(Family):
         _T5.format("pix2struct", "Pix2StructText"),
         _T5.format("udop", "Udop"),
     )
-    least = 256 * 256  # of 8 heads
+    least = 320 * 320  # of 8 heads
     rows = 32  # with fewer queries (a decoded token) the bias is no matrix anyway
 
     def structured(self, module: Any, queries: int, keys: int) -> bool:
