@@ -149,15 +149,10 @@ def _error_cell(cell: Mapping[str, Any]) -> str:
 def markdown(payload: Mapping[str, Any]) -> str:
     """The report: times, goals, errors; every cell."""
     goals = payload["goals"]
-    runs = "\n".join(
-        f"- run of {run['started']}: `{run['command']}`, commit {run['commit']}"
-        f"{' (with uncommitted changes)' if run['dirty'] else ''}, {run['seconds']} s"
-        for run in payload["runs"][:-1]
-    )
     parts = [
         "# Biased over unbiased attention on CPU",
         common.header_markdown(payload),
-        *(["Groups of earlier runs are in the tables:", runs] if runs else []),
+        *common.earlier_runs(payload),
         "Batch 1, 8 heads of dimension 64. First column: the floor's median time. Others: ratio of "
         "medians over the floor, in brackets the quartiles of the ratios of single rounds (lowest "
         "and highest below five rounds). "

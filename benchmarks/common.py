@@ -34,6 +34,7 @@ __all__ = [
     "commit",
     "cpu_model",
     "duration",
+    "earlier_runs",
     "fingerprint",
     "fresh",
     "header",
@@ -268,6 +269,16 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> 
 
     rule = "|---" + "|---:" * (len(columns) - 1) + "|"
     return "\n".join([line(columns), rule, *map(line, rows)])
+
+
+def earlier_runs(payload: Mapping[str, Any]) -> list[str]:
+    """Paragraphs that name the runs before the last, whose groups are in the tables, too."""
+    runs = "\n".join(
+        f"- run of {run['started']}: `{run['command']}`, commit {run['commit']}"
+        f"{' (with uncommitted changes)' if run['dirty'] else ''}, {run['seconds']} s"
+        for run in payload["runs"][:-1]
+    )
+    return ["Groups of earlier runs are in the tables:", runs] if runs else []
 
 
 def header_markdown(head: Mapping[str, Any]) -> str:

@@ -205,6 +205,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [
         "# Real models fused, beside stock and beside their bias removed",
         common.header_markdown(result),
+        *common.earlier_runs(result),
         "Float32, random weights, tables from N(0, 1), batch 1 unless said. Seconds are medians; "
         "in brackets after a ratio the quartiles of single rounds (lowest and highest below five). "
         "Difference: the largest of the fused output (training: of the gradients) from stock, over "

@@ -123,15 +123,10 @@ def goals_table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def markdown(payload: Mapping[str, Any]) -> str:
     """The report: goals, times, errors; every cell."""
-    runs = "\n".join(
-        f"- run of {run['started']}: `{run['command']}`, commit {run['commit']}"
-        f"{' (with uncommitted changes)' if run['dirty'] else ''}, {run['seconds']} s"
-        for run in payload["runs"][:-1]
-    )
     parts = [
         "# Every structure over unbiased attention on CPU",
         common.header_markdown(payload),
-        *(["Groups of earlier runs are in the tables:", runs] if runs else []),
+        *common.earlier_runs(payload),
         "Batch 1, 8 heads. Numbers are ratios of medians over unbiased attention in the same run "
         "(causal: over causal attention), in brackets the quartiles of the ratios of single rounds "
         "(lowest and highest below five rounds), then the lowering that the planner chose. "
