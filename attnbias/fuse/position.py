@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnbias.bias import Bias
+from attnbias.hub.standin import StandIn
 
 
-def _tensors(value: Any) -> Any:
-    if isinstance(value, PositionBias):
-        return value.tensor()
-    if isinstance(value, (tuple, list)):
-        return type(value)(_tensors(one) for one in value)
-    if isinstance(value, dict):
-        return {name: _tensors(one) for name, one in value.items()}
-    return value
-
-
-class PositionBias:
+class PositionBias(StandIn):
     """A bias that a model hands from layer to layer as it would its tensor.
 
     Transformers passes what `compute_bias` returned to the attention function untouched. Code that
@@ -34,8 +24,6 @@ class PositionBias:
             cross-attention, for which the stock code passes zeros).
         dtype: of the tensor that the stock code would have made.
     """
-
-    ndim = 4
 
     def __init__(
         self, bias: Bias | Callable[[], Bias] | None, dtype: torch.dtype = torch.float32
@@ -74,42 +62,12 @@ class PositionBias:
         """What the stock attention function is to be given."""
         return None if self._given is None else self.tensor()
 
-    # What code around layers does to all arguments, as accelerate's hooks do.
-
-    def contiguous(self, *_: Any, **__: Any) -> PositionBias:
-        return self
-
-    def to(self, *_: Any, **__: Any) -> PositionBias:
-        return self
-
     @property
     def shape(self) -> torch.Size:
         bias = self.bias
         if bias is None:
             return torch.Size((1, 1, 1, 1))
         return torch.Size([1 if size is None else size for size in bias.shape])
-
-    def dim(self) -> int:
-        return 4
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return function(*_tensors(args), **_tensors(kwargs or {}))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.tensor()[index]
-
-    def __add__(self, other: Any) -> Any:
-        return self.tensor() + other
-
-    __radd__ = __add__
 
     def __repr__(self) -> str:
         return f"PositionBias({self._given!r})"

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnbias.bias import Bias, MaskFunction, Padding, add
 from attnbias.errors import Refused
 from attnbias.hub.parsing import Rule, is_causal, parse, simple
+from attnbias.hub.standin import StandIn
 
 
 class _Materialised(Exception):
@@ -27,18 +28,7 @@ def _sentinel(*_: Any) -> Tensor:
     raise _Materialised
 
 
-def _tensors(value: Any) -> Any:
-    """`value` with tensors in place of the requests in it."""
-    if isinstance(value, MaskRequest):
-        return value.tensor()
-    if isinstance(value, (tuple, list)):
-        return type(value)(_tensors(one) for one in value)
-    if isinstance(value, dict):
-        return {name: _tensors(one) for name, one in value.items()}
-    return value
-
-
-class MaskRequest:
+class MaskRequest(StandIn):
     """One call of a mask function, kept instead of carried out.
 
     Args:
@@ -50,8 +40,6 @@ class MaskRequest:
     Attributes:
         shape: ``(batch, 1, queries, keys)``, what the stock mask would have had.
     """
-
-    ndim = 4
 
     def __init__(
         self,
@@ -85,15 +73,6 @@ class MaskRequest:
 
     # What models do to a mask on its way to the attention function ---------------------------
 
-    def contiguous(self, *_: Any, **__: Any) -> MaskRequest:
-        return self
-
-    def to(self, *_: Any, **__: Any) -> MaskRequest:
-        return self
-
-    def dim(self) -> int:
-        return 4
-
     @property
     def dtype(self) -> torch.dtype:
         given: torch.dtype = self.arguments.get("dtype") or torch.float32
@@ -120,25 +99,8 @@ class MaskRequest:
             raise Refused(f"the model computes with its mask, which is a {type(whole).__name__}.")
         return whole
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        return function(*_tensors(args), **_tensors(kwargs or {}))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.tensor()[index]
-
     def __invert__(self) -> Tensor:
         return ~self.tensor()
-
-    def __add__(self, other: Any) -> Any:
-        return self.tensor() + other
 
     def __mul__(self, other: Any) -> Any:
         return self.tensor() * other
@@ -146,7 +108,7 @@ class MaskRequest:
     def __rsub__(self, other: Any) -> Any:
         return other - self.tensor()
 
-    __radd__, __rmul__ = __add__, __mul__
+    __rmul__ = __mul__
 
     def __repr__(self) -> str:
         return f"MaskRequest{tuple(self.shape)}"
