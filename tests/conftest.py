@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports transformers: no test may reach for a model hub.
@@ -13,6 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, interpreted
+
+from attnbias import kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -28,6 +34,18 @@ def _threads() -> None:
 def _seed() -> None:
     """Every test starts from the same random state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Interpreted kernels are slow: tests that go through every lowering leave them to
+    tests/kernels.
+    """
+    if "kernels" in request.path.parts or not kernels.interpreted():
+        yield
+        return
+    with kernels.disabled():
+        yield
 
 
 @pytest.fixture(scope="session")

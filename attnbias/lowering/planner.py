@@ -15,6 +15,7 @@ from attnbias.lowering.sdpa import Sdpa
 from attnbias.lowering.stream import Stream
 from attnbias.lowering.strided import Strided
 from attnbias.lowering.tiled import Tiled
+from attnbias.lowering.triton import Triton
 from attnbias.lowering.windows import Windows
 
 LOWERINGS: dict[str, Lowering] = {
@@ -29,6 +30,7 @@ LOWERINGS: dict[str, Lowering] = {
         Tiled(),
         Stream(),
         Own(),
+        Triton(),
         Reference(),
     )
 }
