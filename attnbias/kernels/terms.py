@@ -41,7 +41,7 @@ class Whole(NamedTuple):
 
 @triton.jit
 def row_tile(t, b, h, j, jm):
-    return tl.load(t.data + b * t.batch + h * t.head + j, mask=jm, other=0.0)[None, :]
+    return tl.load(t.data + b * t.batch + h * t.head + j[None, :], mask=jm[None, :], other=0.0)
 
 
 @triton.jit
@@ -63,7 +63,9 @@ def add_terms(s, terms, KINDS: tl.constexpr, b, h, i, j, im, jm, n):
     """A tile of scores plus the entries of all terms.
 
     s ``(rows, keys)`` float32; b, h: batch element and head, 64-bit; i, j: places of rows and
-    keys, im, jm: which of them are there; n: number of queries.
+    keys, im, jm: which of them are there; n: number of queries. h is a number, or a column
+    ``(rows, 1)`` where rows belong to several heads (decoding): a tile function that reads
+    ``h * t.head + i[:, None] ...`` serves both.
     """
     for k in tl.static_range(len(KINDS)):
         if KINDS[k] == "row":
