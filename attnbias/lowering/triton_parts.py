@@ -8,11 +8,11 @@ from torch import Tensor
 from attnbias.bias import Bias, Dense, KeyBias, LowRank, Padding, Relative, Segments, Window
 from attnbias.bias.base import to_mask
 from attnbias.bias.masks import meet
+from attnbias.kernels import ranges
 from attnbias.kernels.configs import power
 from attnbias.kernels.forward import Columns
 from attnbias.kernels.launch import Given
 from attnbias.kernels.pattern import Drop
-from attnbias.kernels.places import Places
 from attnbias.kernels.terms import Row, Strip, Whole
 from attnbias.lowering import dropout
 from attnbias.lowering.problem import Problem
@@ -33,8 +33,7 @@ def give(problem: Problem, bias: Bias | None) -> Given:
     terms: list[object] = []
     kinds: list[object] = []
     band: tuple[int | None, int | None] = (None, None)
-    first: Tensor | None = None
-    last: Tensor | None = None
+    seen: ranges.Ranges | None = None
     left: Tensor | None = None
     right: Tensor | None = None
     for term in [] if bias is None else bias.terms():
@@ -43,7 +42,10 @@ def give(problem: Problem, bias: Bias | None) -> Given:
         elif isinstance(term, KeyBias):
             _take(terms, kinds, "row", Row(*_given(term.weight)))
         elif isinstance(term, Padding):
-            _take(terms, kinds, "row", Row(*_given(to_mask(term.keep)[:, None])))
+            found = ranges.of_padding(term.keep)
+            seen = ranges.meet(seen, found)
+            if not found.whole:
+                _take(terms, kinds, "row", Row(*_given(to_mask(term.keep)[:, None])))
         elif isinstance(term, Relative):
             _take(terms, kinds, "strip", Strip(*_given(term.table)))
         elif isinstance(term, LowRank):
@@ -52,10 +54,12 @@ def give(problem: Problem, bias: Bias | None) -> Given:
             tensor = term.tensor
             _take(terms, kinds, "whole", Whole(tensor, *_steps(tensor, 4)))
         elif isinstance(term, Segments):
-            raise NotImplementedError
+            found = ranges.of_segments(term.query_ids, term.key_ids)
+            seen = ranges.meet(seen, found)
+            if not found.whole:
+                raise NotImplementedError
     device = problem.query.device
-    low, high = band
-    places = Places(low or 0, high or 0, first, last, 0)
+    places, sides, ranged = ranges.places(band, seen, problem.queries)
     columns = None
     rank = 0
     if left is not None and right is not None:
@@ -74,8 +78,8 @@ def give(problem: Problem, bias: Bias | None) -> Given:
         columns,
         rank,
         places,
-        (low is not None) + 2 * (high is not None),
-        first is not None,
+        sides,
+        ranged,
         drop,
     )
 
