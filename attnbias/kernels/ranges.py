@@ -50,10 +50,14 @@ def meet(one: Ranges | None, two: Ranges) -> Ranges:
 
 
 def places(
-    band: tuple[int | None, int | None], ranges: Ranges | None, queries: int
+    band: tuple[int | None, int | None], ranges: Ranges | None, queries: int, keys: int
 ) -> tuple[Places, int, bool]:
-    """What the kernels read of a band and of ranges, and their constants BAND and RANGES."""
+    """What the kernels read of a band and of ranges, and their constants BAND and RANGES. A side
+    of the band that hides nothing is left out.
+    """
     low, high = band
+    low = None if low is None or low <= 1 - queries else low
+    high = None if high is None or high >= keys - 1 else high
     kind = (low is not None) + 2 * (high is not None)
     if ranges is None:
         return Places(low or 0, high or 0, None, None, 0), kind, False

@@ -59,7 +59,7 @@ def give(problem: Problem, bias: Bias | None) -> Given:
             if not found.whole:
                 raise NotImplementedError
     device = problem.query.device
-    places, sides, ranged = ranges.places(band, seen, problem.queries)
+    places, sides, ranged = ranges.places(band, seen, problem.queries, problem.keys)
     columns = None
     rank = 0
     if left is not None and right is not None:
