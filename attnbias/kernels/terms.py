@@ -39,6 +39,67 @@ class Whole(NamedTuple):
     col: Any
 
 
+class Indexed(NamedTuple):
+    """``data[b, h, rows[b, h, i] + cols[b, h, j]]``: tables of a grid, of classes, and both with
+    queries and keys exchanged. Where a sum is negative, 0 (kind ``"indexed_some"`` looks).
+    """
+
+    data: Any
+    batch: Any
+    head: Any
+    rows: Any
+    rows_batch: Any
+    rows_head: Any
+    cols: Any
+    cols_batch: Any
+    cols_head: Any
+
+
+class Corner(NamedTuple):
+    """``data[b, h, min(i, rows), min(j, cols)]`` where ``i < rows`` or ``j < cols``: tokens without
+    a place before those of a grid.
+    """
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+    rows: Any
+    cols: Any
+
+
+class Spread(NamedTuple):
+    """``data[b, h, i, index[j - i + n - 1]]``: a query times a few vectors, one a distance."""
+
+    data: Any
+    batch: Any
+    head: Any
+    row: Any
+    index: Any
+
+
+class Same(NamedTuple):
+    """Hidden where not ``rows[b, i] == cols[b, j]``: scattered segments."""
+
+    rows: Any
+    rows_batch: Any
+    cols: Any
+    cols_batch: Any
+
+
+class Box(NamedTuple):
+    """Hidden where not ``first[d, i] <= cell[d, j] <= last[d, i]`` along every dimension d, in steps
+    of its gap from the first: neighborhoods. The kind is ``("box", exchanged, *gaps)``: with
+    `exchanged` the key has the window and the query the cell. edge, cells: numbers of a dimension.
+    """
+
+    first: Any
+    last: Any
+    edge: Any
+    cell: Any
+    cells: Any
+
+
 @triton.jit
 def row_tile(t, b, h, j, jm):
     return tl.load(t.data + b * t.batch + h * t.head + j[None, :], mask=jm[None, :], other=0.0)
@@ -59,6 +120,58 @@ def whole_tile(t, b, h, i, j, im, jm):
 
 
 @triton.jit
+def indexed_tile(t, b, h, i, j, im, jm, SOME: tl.constexpr):
+    row = tl.load(t.rows + b * t.rows_batch + h * t.rows_head + i[:, None], im[:, None], other=0)
+    col = tl.load(t.cols + b * t.cols_batch + h * t.cols_head + j[None, :], jm[None, :], other=0)
+    at = row + col
+    seen = im[:, None] & jm[None, :]
+    if SOME:
+        seen = seen & (at >= 0)
+    return tl.load(t.data + b * t.batch + h * t.head + at, mask=seen, other=0.0)
+
+
+@triton.jit
+def corner_tile(t, b, h, i, j, im, jm):
+    seen = ((i < t.rows)[:, None] | (j < t.cols)[None, :]) & im[:, None] & jm[None, :]
+    at = tl.minimum(i, t.rows)[:, None] * t.row + tl.minimum(j, t.cols)[None, :]
+    return tl.load(t.data + b * t.batch + h * t.head + at, mask=seen, other=0.0)
+
+
+@triton.jit
+def spread_tile(t, b, h, i, j, im, jm, n):
+    seen = im[:, None] & jm[None, :]
+    at = tl.load(t.index + (j[None, :] - i[:, None] + (n - 1)), mask=seen, other=0)
+    line = b * t.batch + h * t.head + i.to(tl.int64)[:, None] * t.row
+    return tl.load(t.data + line + at, mask=seen, other=0.0)
+
+
+@triton.jit
+def same_tile(t, b, i, j, im, jm):
+    row = tl.load(t.rows + b * t.rows_batch + i, mask=im, other=0)
+    col = tl.load(t.cols + b * t.cols_batch + j, mask=jm, other=0)
+    return row[:, None] == col[None, :]
+
+
+@triton.jit
+def box_tile(t, KIND: tl.constexpr, i, j, im, jm):
+    seen = im[:, None] & jm[None, :]
+    for d in tl.static_range(len(KIND) - 2):
+        if KIND[1]:
+            first = tl.load(t.first + d * t.edge + j[None, :], mask=jm[None, :], other=0)
+            last = tl.load(t.last + d * t.edge + j[None, :], mask=jm[None, :], other=0)
+            cell = tl.load(t.cell + d * t.cells + i[:, None], mask=im[:, None], other=0)
+        else:
+            first = tl.load(t.first + d * t.edge + i[:, None], mask=im[:, None], other=0)
+            last = tl.load(t.last + d * t.edge + i[:, None], mask=im[:, None], other=0)
+            cell = tl.load(t.cell + d * t.cells + j[None, :], mask=jm[None, :], other=0)
+        seen = seen & (cell >= first) & (cell <= last)
+        if KIND[2 + d] > 1:
+            # What is before the first is hidden already, whatever the remainder of a negative.
+            seen = seen & ((cell - first) % KIND[2 + d] == 0)
+    return seen
+
+
+@triton.jit
 def add_terms(s, terms, KINDS: tl.constexpr, b, h, i, j, im, jm, n):
     """A tile of scores plus the entries of all terms.
 
@@ -74,4 +187,16 @@ def add_terms(s, terms, KINDS: tl.constexpr, b, h, i, j, im, jm, n):
             s += strip_tile(terms[k], b, h, i, j, im, jm, n)
         elif KINDS[k] == "whole":
             s += whole_tile(terms[k], b, h, i, j, im, jm)
+        elif KINDS[k] == "indexed":
+            s += indexed_tile(terms[k], b, h, i, j, im, jm, False)
+        elif KINDS[k] == "indexed_some":
+            s += indexed_tile(terms[k], b, h, i, j, im, jm, True)
+        elif KINDS[k] == "corner":
+            s += corner_tile(terms[k], b, h, i, j, im, jm)
+        elif KINDS[k] == "spread":
+            s += spread_tile(terms[k], b, h, i, j, im, jm, n)
+        elif KINDS[k] == "same":
+            s = tl.where(same_tile(terms[k], b, i, j, im, jm), s, float("-inf"))
+        elif KINDS[k][0] == "box":
+            s = tl.where(box_tile(terms[k], KINDS[k], i, j, im, jm), s, float("-inf"))
     return s
