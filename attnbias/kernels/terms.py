@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from attnbias.kernels.points import add_points
+
 
 class Row(NamedTuple):
     """``data[b, h, j]``: a key bias."""
@@ -199,4 +201,6 @@ def add_terms(s, terms, KINDS: tl.constexpr, b, h, i, j, im, jm, n):
             s = tl.where(same_tile(terms[k], b, i, j, im, jm), s, float("-inf"))
         elif KINDS[k][0] == "box":
             s = tl.where(box_tile(terms[k], KINDS[k], i, j, im, jm), s, float("-inf"))
+        elif KINDS[k][0] == "points":
+            s = add_points(s, terms[k], KINDS[k], b, h, i, j, im, jm)
     return s
