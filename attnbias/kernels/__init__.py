@@ -35,6 +35,11 @@ def disabled() -> Iterator[None]:
         _off -= 1
 
 
+def switched_off() -> bool:
+    """Whether `disabled` is in force."""
+    return _off > 0
+
+
 @functools.cache
 def installed() -> bool:
     """Whether Triton can be found; nothing is imported."""
@@ -59,4 +64,4 @@ def runs_on(device: torch.device) -> str:
     return f"the kernels run on GPUs, not on {device.type} (TRITON_INTERPRET=1 runs them slowly)"
 
 
-__all__ = ["MISSING", "disabled", "installed", "interpreted", "runs_on"]
+__all__ = ["MISSING", "disabled", "installed", "interpreted", "runs_on", "switched_off"]
