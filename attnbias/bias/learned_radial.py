@@ -162,7 +162,7 @@ class Radial(RadialFunction):
         key = (low, high)
         marks = [(p.data_ptr(), p.shape, -1 if p.is_inference() else p._version) for p in own]
         if self._memo.get("key") != (key, marks):
-            made = tabulate(self._whole, low, high, self.error, self.dtype)
+            made = tabulate(self._whole, low, high, self.error, self.dtype, self._device)
             self._memo.update(key=(key, marks), table=made, alive=[p.detach() for p in own])
         table: Table | None = self._memo["table"]
         if table is None or self._part is None:

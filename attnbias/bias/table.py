@@ -27,7 +27,12 @@ class Table:
 
 @torch.no_grad()
 def tabulate(
-    function: Callable[[Tensor], Tensor], low: float, high: float, error: float, kind: torch.dtype
+    function: Callable[[Tensor], Tensor],
+    low: float,
+    high: float,
+    error: float,
+    kind: torch.dtype,
+    device: torch.device | None = None,
 ) -> Table | None:
     """The coarsest table that keeps to the error; None where even the finest does not.
 
@@ -37,7 +42,9 @@ def tabulate(
         high = low + 1.0
     intervals = LEAST
     while intervals <= MOST:
-        quarters = torch.linspace(low, high, 4 * intervals + 1, dtype=torch.float64).to(kind)
+        # Made on the CPU: the same nodes for every device.
+        quarters = torch.linspace(low, high, 4 * intervals + 1, dtype=torch.float64)
+        quarters = quarters.to(device, kind)
         values = function(quarters).detach()
         if not bool(values.isfinite().all()):
             return None
