@@ -94,7 +94,7 @@ def _of_segments(query_ids: Tensor, key_ids: Tensor) -> Ranges:
     if keys.shape[-1] == 0:
         nothing = torch.zeros_like(queries, dtype=torch.int32)
         return Ranges(nothing, nothing, True)
-    ranked, order = keys.sort(-1, stable=True)
+    ranked, order = keys.sort(dim=-1, stable=True)
     low, high = (torch.searchsorted(ranked, queries, right=right) for right in (False, True))
     count = high - low
     first = order.gather(-1, low.clamp(max=keys.shape[-1] - 1))
