@@ -62,7 +62,7 @@ def arc(near, far):
     one = tl.sqrt(near)
     two = tl.sqrt(far)
     less = tl.minimum(one, two)
-    more = tl.maximum(one, two)
+    more = tl.maximum(tl.maximum(one, two), 1e-30)  # rows that are not there have no vector
     turned = less > 0.414213562 * more
     z = tl.where(turned, less - more, less) / tl.where(turned, less + more, more)
     s = z * z

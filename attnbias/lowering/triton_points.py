@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnbias.bias import Distance, Radial
 from attnbias.bias.radial import Basis
+from attnbias.bias.table import Table
 from attnbias.kernels.points import Points
 from attnbias.kernels.points_gradients import Slots
 from attnbias.kernels.terms import Whole
@@ -38,7 +39,7 @@ def refusal(bias: Distance) -> str:
         return f"no kernel makes the values of {type(bias.radial).__name__}: write it as a Radial"
     if any(bias.learned):
         return "a Radial is read from a table, through which no gradient reaches coordinates"
-    if small(bias) or bias.x.is_meta or bias.y.is_meta or bias.table() is not None:
+    if small(bias) or bias.x.is_meta or bias.y.is_meta or _table(bias) is not None:
         return ""
     return (
         "a Radial is read from a table, and this one has none: allow a larger error, or compute it "
@@ -49,6 +50,14 @@ def refusal(bias: Distance) -> str:
 def small(bias: Distance) -> bool:
     """Whether entries are fewer than the nodes of a table: they are as well made at once."""
     return isinstance(bias.radial, Radial) and bias.queries * bias.keys < 512
+
+
+def _table(bias: Distance) -> Table | None:
+    """Of a `Radial`, over the distances that occur. Where coordinates alone are in float64, what
+    the kernels add is in float32 all the same.
+    """
+    assert isinstance(bias.radial, Radial)
+    return bias.radial.table(*bias._reach())
 
 
 def made(bias: Distance, device: torch.device) -> Term:
@@ -68,7 +77,7 @@ def made(bias: Distance, device: torch.device) -> Term:
         bases = a.shape[1]
         b = b.double() * -math.log2(math.e)
     else:
-        table = bias.table()
+        table = _table(bias)
         assert table is not None
         values = table.values
         a = values[:, :-1]
