@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnbias.bias import Bias, Causal, add
 from attnbias.errors import AttnbiasError, Refused
-from attnbias.lowering import Explanation, Problem, choose, counted, offers
+from attnbias.lowering import Explanation, Problem, choose, explanation
 from attnbias.lowering.dropout import draw_seed
 from attnbias.lowering.normaliser import NORMALISERS
 
@@ -122,14 +122,12 @@ def explain(
     """
     query, key, value = _autocast(query, key, value)
     problem = _problem(query, key, value, bias, causal, offset, scale, normaliser, dropout)
-    answers = offers(problem)
     words = (
         f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, "
         f"{str(query.dtype).removeprefix('torch.')}, {query.device.type}; "
         f"bias: {'none' if problem.bias is None else problem.bias!r}"
     )
-    found = tuple(counted(answer, problem) for answer in answers)
-    return Explanation(answers[0].lowering, found, words)
+    return explanation(problem, words)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

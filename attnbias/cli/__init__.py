@@ -16,7 +16,7 @@ from typing import NoReturn
 from attnbias.errors import AttnbiasError
 
 # Order of `attnbias --help`. The modules import no optional library until they run.
-COMMANDS = ("observe", "steer", "fuse", "support", "reproduce", "explain", "list")
+COMMANDS = ("observe", "steer", "fuse", "support", "reproduce", "explain", "bench", "list")
 
 # Top-level modules of the optional libraries, and the extra that brings each.
 EXTRAS = {

@@ -21,9 +21,14 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser = subparsers.add_parser(
         "explain", help="the ways to compute an attention with a bias, and the one chosen"
     )
+    options(parser)
+
+
+def options(parser: argparse.ArgumentParser, *, queries: bool = True) -> None:
+    """The options that describe a problem."""
     number = _positive
     parser.add_argument("--bias", choices=BIASES, default="none", help="default: none")
-    parser.add_argument("--queries", type=number, required=True, metavar="N")
+    parser.add_argument("--queries", type=number, required=queries, metavar="N")
     parser.add_argument("--keys", type=number, metavar="M", help="default: as many as queries")
     parser.add_argument("--batch", type=number, default=1, help="default: 1")
     parser.add_argument("--heads", type=number, default=8, help="query heads, default: 8")
@@ -41,9 +46,18 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 def run(args: argparse.Namespace) -> int:
     """Print `attnbias.explain`'s table for the sizes asked; returns 0."""
-    import torch
-
     import attnbias as ab
+
+    query, key, value, bias = problem(args)
+    print(ab.explain(query, key, value, bias=bias, causal=args.causal))
+    return 0
+
+
+def problem(
+    args: argparse.Namespace, *, fill: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Bias | None]:
+    """Query, key, value and bias as the options say; with `fill`, of random numbers."""
+    import torch
 
     keys = args.queries if args.keys is None else args.keys
     key_heads = args.key_heads or args.heads
@@ -53,15 +67,15 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         raise AttnbiasError(f"--device {args.device!r} cannot be used here: {first}") from error
-    # Only sizes are read, so the values stay whatever the memory holds.
+    # To explain, only sizes are read: the values stay whatever the memory holds.
     query = like.new_empty(args.batch, args.heads, args.queries, args.dim)
     key = like.new_empty(args.batch, key_heads, keys, args.dim)
     value = like.new_empty(args.batch, key_heads, keys, args.dim)
     for tensor in (query, key, value):
+        if fill:
+            tensor.normal_()
         tensor.requires_grad_(args.train)
-    bias = _bias(args, keys, device)
-    print(ab.explain(query, key, value, bias=bias, causal=args.causal))
-    return 0
+    return query, key, value, _bias(args, keys, device)
 
 
 def _bias(args: argparse.Namespace, keys: int, device: torch.device) -> Bias | None:

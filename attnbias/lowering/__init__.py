@@ -1,6 +1,6 @@
 """How a problem is computed: one file per way, and the planner that chooses."""
 
-from attnbias.lowering.planner import LOWERINGS, Explanation, choose, offers
+from attnbias.lowering.planner import LOWERINGS, Explanation, choose, explanation, offers
 from attnbias.lowering.problem import Lowering, Offer, Problem
 from attnbias.lowering.traffic import counted
 
@@ -12,5 +12,6 @@ __all__ = [
     "Problem",
     "choose",
     "counted",
+    "explanation",
     "offers",
 ]

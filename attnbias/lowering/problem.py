@@ -129,8 +129,10 @@ class Normal:
 class Offer:
     """What a lowering answers: an offer with its price, or a refusal with its reason.
 
-    time: estimated time over the same attention without a bias. memory: extra bytes over it.
-    error: bound on the error of a score beyond the rounding of the format (0: exact).
+    time: estimated time over the same attention without a bias. seconds: estimated by the table of
+    measured costs (`attnbias.lowering.costs`; 0: `time` is the lowering's own price). memory: extra
+    bytes over unbiased attention. error: bound on the error of a score beyond the rounding of the
+    format (0: exact).
     passes, read, written, operations: how often the scores are gone through, bytes moved, and
     operations, filled in by `explain` (`attnbias.lowering.traffic`; 0: not known).
     """
@@ -144,6 +146,7 @@ class Offer:
     read: int = 0
     written: int = 0
     operations: int = 0
+    seconds: float = 0.0
 
     @property
     def refused(self) -> bool:

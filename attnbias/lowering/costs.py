@@ -1,0 +1,233 @@
+r"""Measured costs: the time of a lowering on a problem, from a table of seconds for what it does.
+
+.. math:: t(\text{lowering}, \text{problem}) = \sum_c s_c\, n_c(\text{problem})
+
+The counts :math:`n_c` are those of `attnbias.lowering.effort`; the seconds :math:`s_c \ge 0` of a
+lowering, a direction (forward, training, learned: gradients to the bias, too) and a format were
+fitted to measured problems (`attnbias bench --calibrate`), the relative errors as small as can be.
+Seconds for entries are shared by the formats. Between the measured sizes this interpolates, and
+beyond them it grows as the work does.
+
+A table is of one kind of device. The package ships those of ``costs.json`` beside this file; a
+table of your own machine comes first: the file that the variable ``ATTNBIAS_COSTS`` names, or else
+``attnbias/costs.json`` in ``$XDG_CONFIG_HOME`` (``~/.config``). Where there is no table for a
+device, without compiled loops, or in a format that was not measured, the lowerings' own prices
+hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnbias import native
+from attnbias.errors import AttnbiasError
+from attnbias.lowering import effort
+from attnbias.lowering.problem import Offer, Problem
+
+SHIPPED = Path(__file__).with_name("costs.json")
+VERSION = 1
+DIRECTIONS = ("forward", "training", "learned")
+ENTRIES = "entries"
+
+Seconds = Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The costs of one kind of device.
+
+    device: as `device_kind` names it. seconds: of a lowering and ``direction format`` (``"training
+    bfloat16"``) by count; ``direction entries`` are those of the entries. measured: who, when, how
+    (the words that `explain` prints). path: the file it was read from.
+    """
+
+    device: str
+    seconds: Mapping[str, Mapping[str, Seconds]]
+    measured: str
+    path: str = ""
+
+    def parts(self, lowering: str, problem: Problem) -> dict[str, float] | None:
+        """Seconds of a lowering on a problem, by count; None where nothing like it was measured."""
+        own = self.seconds.get(lowering)
+        if own is None:
+            return None
+        way = direction(problem)
+        core = own.get(f"{way} {format_name(problem.query.dtype)}")
+        if core is None:
+            return None
+        found = effort.counts(lowering, problem)
+        return None if found is None else self._times(found, core, own.get(f"{way} {ENTRIES}", {}))
+
+    def unbiased(self, problem: Problem) -> float | None:
+        """Seconds of the same attention without its bias."""
+        way = "training" if direction(problem) == "learned" else direction(problem)
+        core = self.seconds.get("sdpa", {}).get(f"{way} {format_name(problem.query.dtype)}")
+        if core is None or problem.empty:
+            return None
+        return sum(self._times(effort.unbiased(problem), core, {}).values())
+
+    def _times(self, counts: effort.Counts, core: Seconds, entries: Seconds) -> dict[str, float]:
+        found = {}
+        for name, count in counts.items():
+            if name.startswith(ENTRIES):
+                # A structure that was not measured is taken as the middle of those that were.
+                each = entries.get(name)
+                each = _middle(entries) if each is None else each
+            else:
+                each = core.get(name, 0.0)
+            found[name] = each * count
+        return found
+
+
+def _middle(entries: Seconds) -> float:
+    known = sorted(entries.values())
+    return known[len(known) // 2] if known else 0.0
+
+
+def direction(problem: Problem) -> str:
+    """Which passes a call is followed by."""
+    if problem.bias_gradient:
+        return "learned"
+    return "training" if problem.gradient else "forward"
+
+
+def format_name(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def device_kind(device: torch.device) -> str:
+    """The kind of device that a table is of: ``"cpu AVX512"``, ``"cuda NVIDIA H200"``. Tensors on
+    the meta device are planned for as on the CPU.
+    """
+    if device.type in ("cpu", "meta"):
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return device.type
+
+
+_first: list[tuple[Table, ...]] = []  # tables that go before the others
+_off = 0
+
+
+@contextmanager
+def using(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, the tables of this file come first."""
+    _first.append(read(Path(path)))
+    try:
+        yield
+    finally:
+        _first.pop()
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Inside, only the lowerings' own prices hold."""
+    global _off
+    _off += 1
+    try:
+        yield
+    finally:
+        _off -= 1
+
+
+def user_path() -> Path:
+    """Where a table of this machine lies: ``$ATTNBIAS_COSTS``, or ``attnbias/costs.json`` in
+    ``$XDG_CONFIG_HOME`` (``~/.config``).
+    """
+    named = os.environ.get("ATTNBIAS_COSTS")
+    if named:
+        return Path(named)
+    folder = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(folder) if folder else Path.home() / ".config") / "attnbias" / "costs.json"
+
+
+def table(device: torch.device) -> Table | None:
+    """The costs that hold for a device now; None where none were measured."""
+    if _off or (device.type in ("cpu", "meta") and not native.available()):
+        return None
+    name = device_kind(device)
+    for tables in (*reversed(_first), _installed()):
+        for one in tables:
+            if one.device == name:
+                return one
+    return None
+
+
+@functools.cache
+def _installed() -> tuple[Table, ...]:
+    """The user's tables and the shipped ones, read once in a process."""
+    path = user_path()
+    if "ATTNBIAS_COSTS" in os.environ and not path.exists():
+        raise AttnbiasError(f"ATTNBIAS_COSTS names the file {path}, which does not exist.")
+    found = [*read(path)] if path.exists() else []
+    if SHIPPED.exists():
+        found += read(SHIPPED)
+    return tuple(found)
+
+
+def read(path: Path) -> tuple[Table, ...]:
+    """The tables of a file.
+
+    Raises:
+        AttnbiasError: it cannot be read, or is no table of costs of this version.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AttnbiasError(f"the table of costs {path} cannot be read: {error}.") from error
+    remake = "make a new one with `attnbias bench --calibrate`"
+    if not isinstance(given, dict) or given.get("version") != VERSION:
+        raise AttnbiasError(f"{path} is no table of costs of version {VERSION}; {remake}.")
+    try:
+        return tuple(_table(one, str(path)) for one in given["tables"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AttnbiasError(f"the table of costs {path} is damaged ({error}); {remake}.") from error
+
+
+def _table(given: Mapping[str, Any], path: str) -> Table:
+    seconds = {
+        str(lowering): {
+            str(part): {str(name): _number(value) for name, value in found.items()}
+            for part, found in parts.items()
+        }
+        for lowering, parts in given["seconds"].items()
+    }
+    return Table(str(given["device"]), seconds, str(given["measured"]), path)
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{value!r} is no time")
+    return number
+
+
+def priced(problem: Problem, offers: Sequence[Offer]) -> list[Offer]:
+    """The offers with measured times where there are such, the cheapest first, refusals last.
+
+    An offer that was not measured keeps its own price and comes after those that were. The sort is
+    stable: among equals the order given holds.
+    """
+    known = table(problem.query.device)
+    floor = None if known is None else known.unbiased(problem)
+    if known is None or not floor:
+        return sorted(offers, key=lambda offer: offer.time)
+    found = []
+    for offer in offers:
+        parts = None if offer.refused else known.parts(offer.lowering, problem)
+        total = 0.0 if parts is None else sum(parts.values())
+        if total > 0.0:
+            offer = dataclasses.replace(offer, time=total / floor, seconds=total)
+        found.append(offer)
+    return sorted(found, key=lambda offer: (offer.refused, offer.seconds == 0.0, offer.time))
