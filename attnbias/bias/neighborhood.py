@@ -133,6 +133,19 @@ class Neighborhood(Mask):
             rest = rest // size
         return found[::-1]
 
+    @property
+    def part(self) -> tuple[slice, slice]:
+        """The cells that are queries and those that are keys."""
+        return self._rows, self._cols
+
+    def windows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """First and last coordinate that each query sees, ``(dimensions, queries)``, in steps of
+        the dilation from the first, and the coordinates of the keys, ``(dimensions, keys)``.
+        """
+        rows = self._coordinates(self._rows)
+        ends = torch.stack([e[:, c] for e, c in zip(self._ends, rows, strict=True)], 1)
+        return ends[0], ends[1], torch.stack(self._coordinates(self._cols))
+
     def dense(self) -> Tensor:
         seen = torch.ones(self.queries, self.keys, dtype=torch.bool)
         cells = zip(self._coordinates(self._rows), self._coordinates(self._cols), strict=True)

@@ -90,8 +90,8 @@ class Same(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Hidden where not ``first[d, i] <= cell[d, j] <= last[d, i]`` along every dimension d, in steps
-    of its gap from the first: neighborhoods. The kind is ``("box", exchanged, *gaps)``: with
+    """Hidden where not ``first[d, i] <= cell[d, j] <= last[d, i]`` along every dimension d, in
+    steps of its gap from the first: neighborhoods. The kind is ``("box", exchanged, *gaps)``: with
     `exchanged` the key has the window and the query the cell. edge, cells: numbers of a dimension.
     """
 

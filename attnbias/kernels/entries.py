@@ -1,0 +1,213 @@
+"""The gradient of the entries of a bias, summed on chip over what the bias broadcasts.
+
+The way to every parameter whose gradient is not made by the other passes: a table on a grid, one by
+classes, a matrix. ``ds = p (dp - delta)`` of a tile is added up over the batch elements and heads
+(and, of one row for all queries, over the queries) that share its entries, in registers and in a
+fixed order, and written once; entries that the batch shares are read once, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attnbias import kernels
+from attnbias.kernels import backward_launch, configs
+from attnbias.kernels.backward import load_block, row_values
+from attnbias.kernels.pattern import kept_tile
+from attnbias.kernels.places import seen_tile, span
+from attnbias.kernels.terms import add_terms
+
+LOG2E = tl.constexpr(1.4426950408889634)
+PROGRAMS = 512  # tiles of few entries are shared by so many programs, about, and summed after
+
+
+@triton.jit
+def entries(
+    query, key, value, grad, lse, delta, out,
+    query_steps, key_steps, value_steps, grad_steps, out_steps,
+    heads, share, n, m, size, width, scale,
+    first_batch, first_head, first_block, end_block, first_col, end_col,
+    summed_batch, summed_heads, out_heads, parts,
+    columns, shared, terms, places, drop,
+    SHARED: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, BAND: tl.constexpr,
+    RANGES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, DOWN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of the gradient of one batch element and head of the bias, or a part of
+    what is summed in it.
+
+    out ``(parts, batch | 1, heads | 1, rows, cols)`` float32: blocks of ROWS queries from
+    first_block to end_block, keys from first_col to end_col. summed_batch, summed_heads: batch
+    elements and heads that one entry sums over. shared, SHARED: terms whose entries are the same
+    for all of these; terms, KINDS: the others. DOWN: out has one row, the sum over the queries.
+    """
+    wide = tl.cdiv(end_col - first_col, COLS)
+    tall = 1 if DOWN else end_block - first_block
+    at = tl.program_id(0)
+    part = at % parts
+    at = at // parts
+    start = first_col + at % wide * COLS
+    at = at // wide
+    block = first_block + at % tall
+    unit = at // tall
+    own_b = unit // out_heads
+    own_h = unit % out_heads
+    j = start + tl.arange(0, COLS)
+    jm = j < end_col
+    sums = tl.zeros((ROWS, COLS), tl.float32)
+    for top in range(block, end_block if DOWN else block + 1):
+        i = top * ROWS + tl.arange(0, ROWS)
+        im = i < n
+        b = (first_batch + own_b).to(tl.int64)
+        h = (first_head + own_h).to(tl.int64)
+        base = tl.zeros((ROWS, COLS), tl.float32)
+        base = add_terms(base, shared, SHARED, b, h, i, j, im, jm, n)
+        members = summed_batch * summed_heads
+        if not RANGES:
+            first, last = span(places, b, top, i, im, n, m, BAND, RANGES, ROWS)
+            members = tl.where((start < last) & (start + COLS > first), members, 0)
+        for member in range(part, members, parts):
+            b = (first_batch + own_b + member // summed_heads).to(tl.int64)
+            h = (first_head + own_h + member % summed_heads).to(tl.int64)
+            some = True
+            if RANGES:
+                first, last = span(places, b, top, i, im, n, m, BAND, RANGES, ROWS)
+                some = (start < last) & (start + COLS > first)
+            if some:
+                q = load_block(query, query_steps, b, h, i, im, size, SIZE)
+                k = load_block(key, key_steps, b, h // share, j, jm, size, SIZE)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                if RANK > 0:
+                    r = tl.arange(0, RANK)
+                    left = tl.load(
+                        columns.left + b * columns.left_batch + h * columns.left_head
+                        + i.to(tl.int64)[:, None] * columns.left_row + r[None, :],
+                        mask=im[:, None], other=0.0,
+                    )  # fmt: skip
+                    right = tl.load(
+                        columns.right + b * columns.right_batch + h * columns.right_head
+                        + j.to(tl.int64)[:, None] * columns.right_row + r[None, :],
+                        mask=jm[:, None], other=0.0,
+                    )  # fmt: skip
+                    s += tl.dot(left, tl.trans(right), input_precision=PRECISION)
+                s = add_terms(s + base, terms, KINDS, b, h, i, j, im, jm, n)
+                logs, less = row_values(lse, delta, b, h, heads, i, im, n)
+                seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
+                p = tl.exp2(tl.where(seen, s * LOG2E - logs[:, None], float("-inf")))
+                do = load_block(grad, grad_steps, b, h, i, im, width, WIDTH)
+                v = load_block(value, value_steps, b, h // share, j, jm, width, WIDTH)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if DROPS:
+                    dp = tl.where(kept_tile(drop, b, h, i, j), dp * drop.factor, 0.0)
+                sums += p * (dp - less[:, None])
+    to = out + part.to(tl.int64) * out_steps[0]
+    to += own_b.to(tl.int64) * out_steps[1] + own_h.to(tl.int64) * out_steps[2]
+    if DOWN:
+        tl.store(to + (j - first_col), tl.sum(sums, 0), mask=jm)
+    else:
+        i = block * ROWS + tl.arange(0, ROWS)
+        row = (i - first_block * ROWS).to(tl.int64)
+        tl.store(
+            to + row[:, None] * out_steps[3] + (j - first_col)[None, :],
+            sums, mask=(i < n)[:, None] & jm[None, :],
+        )  # fmt: skip
+
+
+def config(dtype: torch.dtype, size: int, width: int) -> configs.Config:
+    """Tile sizes of `entries`: four tiles of float32 are alive at a time."""
+    if kernels.interpreted():
+        return configs.Config(32, 32, 4, 1, "ieee")
+    wide = max(configs.power(size), configs.power(width))
+    if dtype == torch.float32:
+        return configs.Config(32, 32, 4, 1, configs.precision(dtype))
+    rows = 64 if wide <= 128 else 32
+    return configs.Config(rows, 64, 4, 2 if wide <= 128 else 1, configs.precision(dtype))
+
+
+def block_rows(work: backward_launch.Work) -> int:
+    """A strip begins at a multiple of so many queries."""
+    return config(work.query.dtype, work.query.shape[-1], work.value.shape[-1]).rows
+
+
+def strip(
+    work: backward_launch.Work,
+    own: tuple[slice, slice],
+    together: tuple[bool, bool, bool],
+    rows: slice,
+    cols: slice,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of some entries, float32 ``(batch, heads, rows, keys)``.
+
+    own: batch elements and heads; together: whether the batch elements, the heads, the queries are
+    summed, then that size is 1. rows begin at a multiple of `block_rows`. out: where it is written,
+    the keys in one piece.
+    """
+    batch, heads = (s.stop - s.start for s in own)
+    n, m = work.query.shape[2], work.key.shape[2]
+    size, width = work.query.shape[-1], work.value.shape[-1]
+    chosen = config(work.query.dtype, size, width)
+    sums = (batch if together[0] else 1, heads if together[1] else 1)
+    shape = (batch // sums[0], heads // sums[1])
+    first, end = rows.start // chosen.rows, triton.cdiv(rows.stop, chosen.rows)
+    wide = triton.cdiv(cols.stop - cols.start, chosen.cols)
+    tiles = shape[0] * shape[1] * wide * (1 if together[2] else end - first)
+    # By shapes alone, so that sums repeat bit for bit on any card.
+    parts = max(1, min(sums[0] * sums[1], PROGRAMS // max(tiles, 1)))
+    tall = 1 if together[2] else rows.stop - rows.start
+    full = (*shape, tall, cols.stop - cols.start)
+    made = work.lse.new_empty(parts, *full) if out is None or parts > 1 else out[None]
+    kinds, terms = work.given.kinds, work.given.terms
+    same = [_same(t, sums[0] > 1, sums[1] > 1) for t in terms]
+    constants = work.constants(chosen)
+    constants["KINDS"] = tuple(k for k, s in zip(kinds, same, strict=True) if not s)
+    kernel: Any = entries
+    kernel[(tiles * parts,)](
+        *work.tensors(),
+        made,
+        *work.steps(),
+        made.stride()[:4],
+        work.query.shape[1],
+        work.query.shape[1] // work.key.shape[1],
+        n,
+        m,
+        size,
+        width,
+        work.scale,
+        own[0].start,
+        own[1].start,
+        first,
+        end,
+        cols.start,
+        cols.stop,
+        *sums,
+        shape[1],
+        parts,
+        work.given.columns,
+        tuple(t for t, s in zip(terms, same, strict=True) if s),
+        tuple(t for t, s in zip(terms, same, strict=True) if not s),
+        work.given.places,
+        work.given.drop,
+        SHARED=tuple(k for k, s in zip(kinds, same, strict=True) if s),
+        DOWN=together[2],
+        **constants,
+    )
+    total = made[0] if parts == 1 else made.sum(0)
+    return total if out is None or parts == 1 else out.copy_(total)
+
+
+def _same(term: Any, batch: bool, heads: bool) -> bool:
+    """Whether a term has the same entries for all batch elements, all heads that are summed."""
+    for name, step in zip(term._fields, term, strict=True):
+        summed = (batch and name.endswith("batch")) or (heads and name.endswith("head"))
+        if summed and step != 0:
+            return False
+    return True
+
+
+__all__ = ["block_rows", "config", "entries", "strip"]
