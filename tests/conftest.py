@@ -38,10 +38,10 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Interpreted kernels are slow: tests that go through every lowering leave them to
-    tests/kernels.
+    """Interpreted kernels are slow, and so is FlexAttention on a CPU: tests that go through every
+    lowering leave them to tests/kernels.
     """
-    if "kernels" in request.path.parts or not kernels.interpreted():
+    if "kernels" in request.path.parts:
         yield
         return
     with kernels.disabled():
