@@ -27,15 +27,17 @@ class Drop(NamedTuple):
 
 @triton.jit
 def kept_tile(drop, b, h, i, j):
-    """True where the weight is kept. Rows that are not there read the last one's keys."""
+    """True where the weight is kept. Rows that are not there read the last one's keys. h: a number,
+    or a column ``(rows, 1)``.
+    """
     n = drop.head
-    at = b * drop.batch + h * drop.head + tl.minimum(i, n - 1)
+    at = b * drop.batch + h * drop.head + tl.minimum(i, n - 1)[:, None]
     one = tl.load(drop.one + at).to(tl.uint32)
     two = tl.load(drop.two + at).to(tl.uint32)
-    x = (j.to(tl.uint32) * GOLDEN)[None, :] + one[:, None]
+    x = (j.to(tl.uint32) * GOLDEN)[None, :] + one
     x = x ^ (x >> 16)
     x = x * ROUND_ONE
-    x = x ^ two[:, None]
+    x = x ^ two
     x = x ^ (x >> 15)
     x = x * ROUND_TWO
     x = x ^ (x >> 16)

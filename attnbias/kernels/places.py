@@ -25,8 +25,8 @@ def span(
     places, b, block, i, im, n, m, BAND: tl.constexpr, RANGES: tl.constexpr, ROWS: tl.constexpr
 ):
     """The first key and the end of those that any row of a block sees."""
-    first = 0
-    last = m
+    first = tl.zeros((), tl.int32)
+    last = first + m
     top = block * ROWS
     bottom = tl.minimum(top + ROWS, n) - 1
     if BAND % 2 == 1:
@@ -37,6 +37,28 @@ def span(
         at = b * places.batch + i
         first = tl.maximum(first, tl.min(tl.load(places.first + at, mask=im, other=m), 0))
         last = tl.minimum(last, tl.max(tl.load(places.last + at, mask=im, other=0), 0))
+    return first, last
+
+
+@triton.jit
+def whole_span(
+    places, b, block, i, im, n, m, BAND: tl.constexpr, RANGES: tl.constexpr, ROWS: tl.constexpr
+):
+    """The first key and the end of those that every row of a block sees: between them no entry is
+    hidden. The end may lie before the first.
+    """
+    first = tl.zeros((), tl.int32)
+    last = first + m
+    top = block * ROWS
+    bottom = tl.minimum(top + ROWS, n) - 1
+    if BAND % 2 == 1:
+        first = tl.maximum(first, bottom + places.low)
+    if BAND >= 2:
+        last = tl.minimum(last, top + places.high + 1)
+    if RANGES:
+        at = b * places.batch + i
+        first = tl.maximum(first, tl.max(tl.load(places.first + at, mask=im, other=0), 0))
+        last = tl.minimum(last, tl.min(tl.load(places.last + at, mask=im, other=m), 0))
     return first, last
 
 

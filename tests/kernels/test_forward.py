@@ -10,23 +10,12 @@ from attnbias.bias import Bias
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernels.parity import DEVICE, assert_agrees, both, draw, problem
 
-
-def problem(
-    n: int, m: int, heads: int, groups: int, size: int, width: int
-) -> tuple[torch.Tensor, ...]:
-    return (
-        torch.randn(2, heads, n, size, device=DEVICE),
-        torch.randn(2, groups, m, size, device=DEVICE),
-        torch.randn(2, groups, m, width, device=DEVICE),
-    )
+HALF = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def biases(n: int, m: int, heads: int) -> dict[str, Bias]:
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=DEVICE)
-
     return {
         "key": ab.KeyBias(draw(2, 1, m)),
         "relative": ab.Relative(draw(heads, n + m - 1), queries=n, keys=m),
@@ -37,24 +26,164 @@ def biases(n: int, m: int, heads: int) -> dict[str, Bias]:
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", [*biases(1, 1, 1), "sum"])
-def test_agrees_with_the_reference(name: str, causal: bool) -> None:
+def test_structures(name: str, causal: bool) -> None:
     n, m, heads = 37, 50, 4
-    query, key, value = problem(n, m, heads, 2, 20, 24)
     each = biases(n, m, heads)
     bias = sum(each.values()) if name == "sum" else each[name]
     assert isinstance(bias, Bias)
-    out, lse = ab.attention(
-        query, key, value, bias=bias, causal=causal, lowering="triton", return_lse=True
-    )
-    want, want_lse = ab.attention(
-        *(t.double() for t in (query, key, value)),
-        bias=bias,
-        causal=causal,
-        lowering="reference",
-        return_lse=True,
-    )
+    assert_agrees(problem(n, m, heads, 2, 20, 24), bias, causal=causal)
+
+
+@pytest.mark.parametrize(
+    ("size", "width"),
+    [(16, 16), (20, 8), (64, 64), (72, 32), (80, 96), (96, 64), (192, 128), (256, 1)],
+)
+def test_head_sizes(size: int, width: int) -> None:
+    n, m, heads = 33, 65, 2
+    bias = ab.LowRank(draw(heads, n, 5), draw(heads, m, 5))
+    assert_agrees(problem(n, m, heads, 1, size, width, batch=1), bias, causal=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_half_precision(dtype: torch.dtype, size: int) -> None:
+    n, m, heads = 40, 70, 2
+    query, key, value = (t.to(dtype) for t in problem(n, m, heads, 2, size, 24))
+    bias = ab.Relative(3 * draw(heads, n + m - 1), queries=n, keys=m)
+    bias = bias + ab.LowRank(draw(heads, n, 2), draw(heads, m, 2))
+    assert_agrees((query, key, value), bias, atol=HALF[dtype], causal=True)
+
+
+@pytest.mark.parametrize(("n", "m"), [(17, 129), (64, 64), (65, 31), (96, 33), (100, 1)])
+@pytest.mark.parametrize("bare", [False, True])
+def test_lengths(n: int, m: int, bare: bool) -> None:
+    bias = None if bare else ab.KeyBias(draw(m))
+    out, lse, want, logs = both(problem(n, m, 2, 2, 16, 16, batch=1), bias, causal=True)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
-    torch.testing.assert_close(lse.double(), want_lse.double(), atol=2e-5, rtol=0)
-    bare = ab.attention(query, key, value, causal=causal)
-    assert isinstance(bare, torch.Tensor)
-    assert (bare - out).abs().max() > 1e-2
+    torch.testing.assert_close(lse.double(), logs.double(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("offset", [-20, 0, 13, 200])
+def test_causal_with_an_offset(offset: int) -> None:
+    given = problem(70, 90, 2, 1, 16, 16)
+    bias = ab.KeyBias(draw(90))
+    out = assert_agrees(given, bias, causal=True, offset=offset, bare={})
+    if offset == -20:
+        assert bool((out[:, :, :20] == 0).all())
+
+
+@pytest.mark.parametrize(("before", "after"), [(9, 0), (40, 0), (5, 7), (0, 0)])
+def test_windows(before: int, after: int) -> None:
+    n = m = 130
+    bias = ab.Window(before, after, queries=n, keys=m)
+    assert_agrees(problem(n, m, 2, 2, 16, 16, batch=1), bias)
+    assert_agrees(problem(n, m, 2, 2, 16, 16, batch=1), bias + ab.KeyBias(draw(2, m)))
+
+
+@pytest.mark.parametrize("left_side", [False, True])
+def test_padding(left_side: bool) -> None:
+    n, m = 60, 100
+    lengths = torch.tensor([100, 37], device=DEVICE)
+    keep = torch.arange(m, device=DEVICE)[None] < lengths[:, None]
+    bias = ab.Padding(keep.flip(-1) if left_side else keep)
+    assert_agrees(problem(n, m, 2, 1, 16, 16), bias)
+    assert_agrees(problem(n, m, 2, 1, 16, 16), bias + ab.KeyBias(draw(m)), causal=True)
+
+
+def test_padding_with_gaps() -> None:
+    keep = torch.ones(2, 90, dtype=torch.bool, device=DEVICE)
+    keep[0, 5:50] = False
+    keep[1, ::3] = False
+    assert_agrees(problem(60, 90, 2, 1, 16, 16), ab.Padding(keep))
+
+
+def test_packed_segments() -> None:
+    lengths = [5, 60, 1, 47, 30]
+    ids = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).to(DEVICE)
+    n = len(ids)
+    bias = ab.Segments(ids, ids)
+    assert_agrees(problem(n, n, 2, 1, 16, 16), bias)
+    relative = ab.Relative(draw(2, 2 * n - 1), queries=n, keys=n)
+    assert_agrees(problem(n, n, 2, 1, 16, 16), bias + relative, causal=True)
+
+
+def test_segments_of_each_batch_element_and_queries_of_none() -> None:
+    n, m = 70, 90
+    key_ids = torch.stack([torch.arange(m) // 30, torch.where(torch.arange(m) < 50, 4, 2)]).to(
+        DEVICE
+    )
+    query_ids = torch.stack([torch.arange(n) % 4, torch.arange(n) // 30 + 2]).to(DEVICE)
+    out = assert_agrees(problem(n, m, 2, 2, 16, 16), ab.Segments(query_ids, key_ids))
+    assert bool((out[0, :, 3::4] == 0).all()), "no key has that id"
+
+
+def test_rows_that_see_nothing() -> None:
+    n, m = 50, 70
+    dense = draw(1, 1, n, m)
+    dense[:, :, 10:20] = -torch.inf
+    given = problem(n, m, 2, 1, 16, 16)
+    out, lse, want, _ = both(given, ab.Dense(dense))
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
+    assert bool((out[:, :, 10:20] == 0).all())
+    assert bool((lse[:, :, 10:20] == -torch.inf).all())
+
+
+@pytest.mark.parametrize(("n", "m", "width"), [(0, 9, 4), (9, 0, 4), (9, 7, 0), (0, 0, 4)])
+def test_empty_lengths(n: int, m: int, width: int) -> None:
+    out, lse, want, logs = both(problem(n, m, 2, 1, 16, width), None)
+    assert out.shape == want.shape
+    assert torch.equal(out.double(), want)
+    torch.testing.assert_close(lse.double(), logs.double(), atol=2e-5, rtol=0)
+
+
+def test_views_are_read_as_they_are() -> None:
+    n, heads, size = 40, 3, 16
+    packed = draw(2, n, 3, heads, size)
+    query, key, value = (packed[:, :, part].transpose(1, 2) for part in range(3))
+    bias = ab.Relative(draw(heads, 2 * n - 1), queries=n, keys=n)
+    out = assert_agrees((query, key, value), bias)
+    assert torch.equal(out, assert_agrees(tuple(t.contiguous() for t in (query, key, value)), bias))
+    far = draw(2, heads, size, n).transpose(2, 3)  # features far apart
+    assert_agrees((far, key, value), bias)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.3, 0.0, -0.5])
+@pytest.mark.parametrize("ranked", [False, True])
+def test_scales(scale: float, ranked: bool) -> None:
+    n, m = 33, 40
+    bias = ab.LowRank(draw(2, n, 2), draw(2, m, 2)) if ranked else ab.Causal(n, m)
+    assert_agrees(problem(n, m, 2, 2, 16, 16), bias, scale=scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_broadcast_of_batch_and_heads(shape: tuple[int, int]) -> None:
+    n, m = 40, 45
+    given = problem(n, m, 2, 1, 16, 16)
+    assert_agrees(given, ab.Dense(draw(*shape, n, m)))
+    assert_agrees(given, ab.KeyBias(draw(*shape, m)))
+    if shape[0] == 1:
+        assert_agrees(given, ab.Relative(draw(shape[1], n + m - 1), queries=n, keys=m))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_has_the_pattern_of_the_other_lowerings(causal: bool) -> None:
+    given = problem(40, 50, 4, 2, 16, 16)
+    bias = ab.KeyBias(draw(50))
+    found = [
+        ab.attention(
+            *given, bias=bias, causal=causal, dropout=0.4, return_lse=True, lowering=name,
+            generator=torch.Generator().manual_seed(3),
+        )
+        for name in ("triton", "stream")
+    ]  # fmt: skip
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=0)
+
+
+def test_two_runs_agree_bit_for_bit() -> None:
+    given = problem(90, 100, 2, 1, 16, 16)
+    bias = ab.KeyBias(draw(100))
+    one, two = (ab.attention(*given, bias=bias, causal=True, lowering="triton") for _ in range(2))
+    assert isinstance(one, torch.Tensor)
+    assert isinstance(two, torch.Tensor)
+    assert torch.equal(one, two)
