@@ -17,9 +17,11 @@ from torch import Tensor
 
 from attnbias import kernels
 from attnbias.kernels import backward_launch, configs
-from attnbias.kernels.backward import load_block, row_values
+from attnbias.kernels.backward import row_values
+from attnbias.kernels.forward import part
 from attnbias.kernels.pattern import kept_tile
 from attnbias.kernels.places import seen_tile, span
+from attnbias.kernels.products import dot
 from attnbias.kernels.terms import add_terms
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,16 +29,27 @@ PROGRAMS = 512  # tiles of few entries are shared by so many programs, about, an
 
 
 @triton.jit
+def load_part(
+    tensor, steps, b, h, at, there,
+    size: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """``tensor[b, h, at, FROM : FROM + COUNT]``, zeros beyond `size` and where not `there`."""
+    rows = tensor + b * steps[0] + h * steps[1]
+    return part(rows, steps[2], at.to(tl.int64), there, size, FROM, COUNT, True)
+
+
+@triton.jit
 def entries(
     query, key, value, grad, lse, delta, out,
     query_steps, key_steps, value_steps, grad_steps, out_steps,
-    heads, share, n, m, size, width, scale,
+    heads, share, n, m, scale,
     first_batch, first_head, first_block, end_block, first_col, end_col,
     summed_batch, summed_heads, out_heads, parts,
     columns, shared, terms, places, drop,
-    SHARED: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, BAND: tl.constexpr,
-    RANGES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr, DOWN: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    size: tl.constexpr, width: tl.constexpr, SHARED: tl.constexpr, KINDS: tl.constexpr,
+    RANK: tl.constexpr, BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr,
+    PRECISION: tl.constexpr, DOWN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of the gradient of one batch element and head of the bias, or a part of
     what is summed in it.
@@ -45,6 +58,7 @@ def entries(
     first_block to end_block, keys from first_col to end_col. summed_batch, summed_heads: batch
     elements and heads that one entry sums over. shared, SHARED: terms whose entries are the same
     for all of these; terms, KINDS: the others. DOWN: out has one row, the sum over the queries.
+    The rest as in `forward`.
     """
     wide = tl.cdiv(end_col - first_col, COLS)
     tall = 1 if DOWN else end_block - first_block
@@ -79,29 +93,39 @@ def entries(
                 first, last = span(places, b, top, i, im, n, m, BAND, RANGES, ROWS)
                 some = (start < last) & (start + COLS > first)
             if some:
-                q = load_block(query, query_steps, b, h, i, im, size, SIZE)
-                k = load_block(key, key_steps, b, h // share, j, jm, size, SIZE)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+                q = load_part(query, query_steps, b, h, i, im, size, 0, SIZE)
+                k = load_part(key, key_steps, b, h // share, j, jm, size, 0, SIZE)
+                s = dot(q, tl.trans(k), PRECISION)
+                if SIZE_MORE > 0:
+                    q = load_part(query, query_steps, b, h, i, im, size, SIZE, SIZE_MORE)
+                    k = load_part(key, key_steps, b, h // share, j, jm, size, SIZE, SIZE_MORE)
+                    s += dot(q, tl.trans(k), PRECISION)
+                s *= scale
                 if RANK > 0:
-                    r = tl.arange(0, RANK)
-                    left = tl.load(
-                        columns.left + b * columns.left_batch + h * columns.left_head
-                        + i.to(tl.int64)[:, None] * columns.left_row + r[None, :],
-                        mask=im[:, None], other=0.0,
+                    left = load_part(
+                        columns.left,
+                        (columns.left_batch, columns.left_head, columns.left_row),
+                        b, h, i, im, RANK, 0, RANK,
                     )  # fmt: skip
-                    right = tl.load(
-                        columns.right + b * columns.right_batch + h * columns.right_head
-                        + j.to(tl.int64)[:, None] * columns.right_row + r[None, :],
-                        mask=jm[:, None], other=0.0,
+                    right = load_part(
+                        columns.right,
+                        (columns.right_batch, columns.right_head, columns.right_row),
+                        b, h, j, jm, RANK, 0, RANK,
                     )  # fmt: skip
-                    s += tl.dot(left, tl.trans(right), input_precision=PRECISION)
+                    s += dot(left, tl.trans(right), PRECISION)
                 s = add_terms(s + base, terms, KINDS, b, h, i, j, im, jm, n)
                 logs, less = row_values(lse, delta, b, h, heads, i, im, n)
                 seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
                 p = tl.exp2(tl.where(seen, s * LOG2E - logs[:, None], float("-inf")))
-                do = load_block(grad, grad_steps, b, h, i, im, width, WIDTH)
-                v = load_block(value, value_steps, b, h // share, j, jm, width, WIDTH)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                do = load_part(grad, grad_steps, b, h, i, im, width, 0, WIDTH)
+                v = load_part(value, value_steps, b, h // share, j, jm, width, 0, WIDTH)
+                dp = dot(do, tl.trans(v), PRECISION)
+                if WIDTH_MORE > 0:
+                    do = load_part(grad, grad_steps, b, h, i, im, width, WIDTH, WIDTH_MORE)
+                    v = load_part(
+                        value, value_steps, b, h // share, j, jm, width, WIDTH, WIDTH_MORE
+                    )
+                    dp += dot(do, tl.trans(v), PRECISION)
                 if DROPS:
                     dp = tl.where(kept_tile(drop, b, h, i, j), dp * drop.factor, 0.0)
                 sums += p * (dp - less[:, None])
@@ -122,7 +146,7 @@ def config(dtype: torch.dtype, size: int, width: int) -> configs.Config:
     """Tile sizes of `entries`: four tiles of float32 are alive at a time."""
     if kernels.interpreted():
         return configs.Config(32, 32, 4, 1, "ieee")
-    wide = max(configs.power(size), configs.power(width))
+    wide = max(sum(configs.halves(size)), sum(configs.halves(width)))
     if dtype == torch.float32:
         return configs.Config(32, 32, 4, 1, configs.precision(dtype))
     rows = 64 if wide <= 128 else 32
@@ -162,10 +186,10 @@ def strip(
     tall = 1 if together[2] else rows.stop - rows.start
     full = (*shape, tall, cols.stop - cols.start)
     made = work.lse.new_empty(parts, *full) if out is None or parts > 1 else out[None]
-    kinds, terms = work.given.kinds, work.given.terms
+    given = work.given
+    kinds, terms = given.kinds, given.terms
     same = [_same(t, sums[0] > 1, sums[1] > 1) for t in terms]
-    constants = work.constants(chosen)
-    constants["KINDS"] = tuple(k for k, s in zip(kinds, same, strict=True) if not s)
+    (one, more), (large, larger) = configs.halves(size), configs.halves(width)
     kernel: Any = entries
     kernel[(tiles * parts,)](
         *work.tensors(),
@@ -176,8 +200,6 @@ def strip(
         work.query.shape[1] // work.key.shape[1],
         n,
         m,
-        size,
-        width,
         work.scale,
         own[0].start,
         own[1].start,
@@ -188,14 +210,28 @@ def strip(
         *sums,
         shape[1],
         parts,
-        work.given.columns,
+        given.columns,
         tuple(t for t, s in zip(terms, same, strict=True) if s),
         tuple(t for t, s in zip(terms, same, strict=True) if not s),
-        work.given.places,
-        work.given.drop,
+        given.places,
+        given.drop,
+        size=size,
+        width=width,
         SHARED=tuple(k for k, s in zip(kinds, same, strict=True) if s),
+        KINDS=tuple(k for k, s in zip(kinds, same, strict=True) if not s),
+        RANK=given.rank,
+        BAND=given.band,
+        RANGES=given.ranges,
+        DROPS=given.drop is not None,
+        PRECISION=chosen.precision,
         DOWN=together[2],
-        **constants,
+        ROWS=chosen.rows,
+        COLS=chosen.cols,
+        SIZE=one,
+        SIZE_MORE=more,
+        WIDTH=large,
+        WIDTH_MORE=larger,
+        **chosen.options(),
     )
     total = made[0] if parts == 1 else made.sum(0)
     return total if out is None or parts == 1 else out.copy_(total)
