@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attnbias import kernels
-from attnbias.lowering import backward, flash
+from attnbias.lowering import flash
 from attnbias.lowering.problem import Lowering, Offer, Problem
 
 INTERPRETED = 1e6  # an interpreted kernel is for tests: never the cheapest
@@ -40,10 +44,51 @@ class Triton(Lowering):
         time = INTERPRETED if kernels.interpreted() else 1.0
         return self.bid(time, 0, "one kernel, the bias made on chip")
 
+    def answer(self, problem: Problem) -> Offer:
+        # Gradients to the bias come out of the same kernels.
+        return self.offer(problem) if problem.normaliser == "softmax" else super().answer(problem)
+
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        if problem.empty or problem.value.shape[-1] == 0:
+        if problem.empty:
             return flash.flash(problem.query, problem.key, problem.value, scale=problem.scale)
-        return backward.learned(problem, forward)
+        parameters = () if problem.bias is None else problem.bias.parameters()
+        apply: Any = _Triton.apply
+        found: tuple[Tensor, Tensor] = apply(
+            problem.query, problem.key, problem.value, problem, *parameters
+        )
+        return found
+
+
+class _Triton(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, problem: Problem, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        bias = None if problem.bias is None else problem.bias.detach()
+        fixed = dataclasses.replace(
+            problem, query=query.detach(), key=key.detach(), value=value.detach(), bias=bias
+        )
+        out, lse = forward(fixed)
+        ctx.save_for_backward(query, key, value, out, lse, *parameters)
+        nothing = query.new_empty(0)  # they are saved: another reference would be a cycle
+        ctx.problem = dataclasses.replace(fixed, query=nothing, key=nothing, value=nothing)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        from attnbias.lowering import triton_gradients
+
+        query, key, value, out, lse, *parameters = ctx.saved_tensors
+        problem = dataclasses.replace(ctx.problem, query=query, key=key, value=value)
+        wanted = ctx.needs_input_grad
+        dq, dk, dv, *rest = triton_gradients.gradients(
+            problem, out, lse, grad, grad_lse, wanted[:3], parameters, wanted[4:]
+        )
+        return dq, dk, dv, None, *rest
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -51,5 +96,5 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     from attnbias.kernels import launch
     from attnbias.lowering import triton_parts
 
-    given = triton_parts.give(problem, problem.bias)
+    given = triton_parts.give(problem, problem.bias, parts=True)
     return launch.forward_pass(problem.query, problem.key, problem.value, problem.scale, given)
