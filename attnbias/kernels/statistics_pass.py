@@ -1,0 +1,221 @@
+"""Statistics of the map of one call: from tensors to the kernels of `statistics`, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnbias import kernels
+from attnbias.kernels import configs
+from attnbias.kernels.launch import Given, rows_of, steps
+from attnbias.kernels.statistics import Along, Sums, normalise, statistics
+
+WIDEST = 64  # features that one pass takes
+LINES = 1 << 26  # bytes of columns' sums that are always granted
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to find. received: the sum of each column. inner: ``sum p (lse - s)`` of each row. gap:
+    ``sum p |query_positions - key_positions|``, positions ``(batch, queries)`` and ``(batch,
+    keys)``. top: how many of the largest weights of each row. features: ``(batch, keys, F)``, of
+    which ``sum p f`` is found.
+    """
+
+    received: bool = True
+    inner: bool = False
+    gap: bool = False
+    top: int = 0
+    features: Tensor | None = None
+    query_positions: Tensor | None = None
+    key_positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """received ``(batch, heads, keys)`` float64; inner, gap ``(batch, heads, queries)``, means
+    ``(.., queries, F)``, weight and place ``(.., queries, top)``, largest first, place -1 where no
+    key is left; None for what was not wanted.
+    """
+
+    received: Tensor | None
+    inner: Tensor | None
+    gap: Tensor | None
+    weight: Tensor | None
+    place: Tensor | None
+    means: Tensor | None
+
+
+def log_sum_exp(query: Tensor, key: Tensor, scale: float, given: Given) -> Tensor:
+    """``(batch, heads, queries)`` float32; minus infinity where no key is seen."""
+    query, key = rows_of(query), rows_of(key)
+    batch, heads, n, _ = query.shape
+    lse = torch.empty(batch, heads, n, dtype=torch.float32, device=query.device)
+    config = _config("normalise", query, given)
+    kernel: Any = normalise
+    kernel[(triton.cdiv(n, config.rows) * batch * heads,)](
+        query, key, lse, *_shared(query, key, scale, given), **_constants(query, given, config)
+    )
+    return lse
+
+
+def statistics_pass(
+    query: Tensor, key: Tensor, lse: Tensor, scale: float, given: Given, wanted: Wanted
+) -> Found:
+    """One pass over the map, and one more for every 64 features beyond the first 64.
+
+    query, key: in float32 or a half format, whose products are exact in float32. lse ``(batch,
+    heads, queries)`` float32: the normaliser of each row, plus infinity for a row that does not
+    count. Memory beside what is found: a line of the keys for each program, as many bytes as query
+    and key have, or 64 MB.
+    """
+    if wanted.features is None:
+        return _one_pass(query, key, lse, scale, given, wanted)
+    means = []
+    first: Found | None = None
+    for part in wanted.features.split(WIDEST, -1):
+        asked = replace(wanted, features=part) if first is None else Wanted(False, features=part)
+        found = _one_pass(query, key, lse, scale, given, asked)
+        first = first or found
+        assert found.means is not None
+        means.append(found.means)
+    assert first is not None
+    return replace(first, means=torch.cat(means, -1))
+
+
+def _one_pass(
+    query: Tensor, key: Tensor, lse: Tensor, scale: float, given: Given, wanted: Wanted
+) -> Found:
+    query, key = rows_of(query), rows_of(key)
+    batch, heads, n, _ = query.shape
+    units, m, device = batch * heads, key.shape[2], query.device
+    config = _config("statistics", query, given)
+    parts = _parts(query, key, triton.cdiv(n, config.rows))
+    top = configs.power(wanted.top, 1) if wanted.top else 0
+    features = wanted.features
+    width = 0 if features is None else configs.power(features.shape[-1])
+
+    def rows(*more: int) -> Tensor:
+        return torch.empty(units, n, *more, dtype=torch.float32, device=device)
+
+    sums = Sums(
+        torch.zeros(units, parts, 2, m, device=device) if wanted.received else None,
+        rows() if wanted.inner else None,
+        rows() if wanted.gap else None,
+        rows(top) if top else None,
+        rows(top).int() if top else None,
+        rows(width) if width else None,
+    )
+    kernel: Any = statistics
+    kernel[(units * parts,)](
+        query,
+        key,
+        lse.float().contiguous(),
+        *_shared(query, key, scale, given),
+        parts,
+        _along(wanted, width),
+        sums,
+        RECEIVED=wanted.received,
+        INNER=wanted.inner,
+        GAP=wanted.gap,
+        TOP=top,
+        FEATURES=width,
+        **_constants(query, given, config),
+    )
+    shape = (batch, heads, n)
+    weight, place = _ranked(sums, lse, wanted.top)
+    return Found(
+        _received(sums.received, batch, heads),
+        None if sums.inner is None else sums.inner.view(shape),
+        None if sums.gap is None else sums.gap.view(shape),
+        weight,
+        place,
+        None if features is None else sums.means.view(*shape, width)[..., : features.shape[-1]],
+    )
+
+
+def _shared(query: Tensor, key: Tensor, scale: float, given: Given) -> tuple[Any, ...]:
+    heads, groups = query.shape[1], key.shape[1]
+    return (
+        steps(query),
+        steps(key),
+        heads,
+        heads // groups,
+        query.shape[2],
+        key.shape[2],
+        scale,
+        given.columns,
+        given.terms,
+        given.places,
+    )
+
+
+def _constants(query: Tensor, given: Given, config: configs.Config) -> dict[str, Any]:
+    one, more = configs.halves(query.shape[3])
+    return {
+        "size": query.shape[3],
+        "KINDS": given.kinds,
+        "RANK": given.rank,
+        "BAND": given.band,
+        "RANGES": given.ranges,
+        # Weights and factors are float32, whatever the queries are.
+        "PRECISION": configs.precision(torch.float32),
+        "ROWS": config.rows,
+        "COLS": config.cols,
+        "SIZE": one,
+        "SIZE_MORE": more,
+        **config.options(),
+    }
+
+
+def _config(kernel: str, query: Tensor, given: Given) -> configs.Config:
+    size = query.shape[3]
+    return configs.choose(kernel, query.dtype, size, size, given.rank)
+
+
+def _parts(query: Tensor, key: Tensor, blocks: int) -> int:
+    """How many programs share the queries of one head."""
+    units = query.shape[0] * query.shape[1]
+    programs = 4
+    if not kernels.interpreted():
+        programs = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count
+    granted = max(LINES, query.nbytes + key.nbytes)
+    return max(1, min(programs // units, blocks, granted // (8 * units * key.shape[2])))
+
+
+def _along(wanted: Wanted, width: int) -> Along:
+    def lines(given: Tensor | None) -> tuple[Tensor | None, int]:
+        if given is None:
+            return None, 0
+        given = given.float().contiguous()
+        return given, 0 if len(given) == 1 else given.stride(0)
+
+    value = wanted.features
+    if value is not None:
+        value = torch.nn.functional.pad(value.float(), (0, width - value.shape[-1]))
+    return Along(*lines(wanted.query_positions), *lines(wanted.key_positions), *lines(value))
+
+
+def _received(lines: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    if lines is None:
+        return None
+    total = lines.sum(1, dtype=torch.float64)  # in a fixed order on every device
+    return (total[:, 0] - total[:, 1]).view(batch, heads, -1)
+
+
+def _ranked(sums: Sums, lse: Tensor, top: int) -> tuple[Tensor | None, Tensor | None]:
+    """Weights and keys, the largest first, of equal ones the first key."""
+    if sums.score is None:
+        return None, None
+    score, place = sums.score, sums.place.long()
+    order = place.argsort(dim=-1, stable=True)
+    score, place = score.gather(-1, order), place.gather(-1, order)
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    score, place = score.gather(-1, order), place.gather(-1, order)
+    score, place = (t.view(*lse.shape, -1)[..., :top] for t in (score, place))
+    weight = torch.where(place >= 0, torch.exp(score - lse.float()[..., None]), 0.0)
+    return weight, place.clamp_min(-1)
