@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all smoke-oldest versions mutants bench bench-peers lint docs clean
+.PHONY: setup demo test test-all smoke-oldest versions mutants bench bench-peers bench-gpu lint docs clean
 
 setup: $(STAMP)
 
@@ -78,6 +78,12 @@ $(PEERS)/.stamp: Makefile pyproject.toml constraints.txt benchmarks/peers.txt
 
 bench-peers: $(STAMP) $(PEERS)/.stamp
 	$(PY) -m benchmarks.observe_peers --environments $(PEERS)
+
+# With the Python whose PyTorch sees the card: the environment above need not. A rerun goes on.
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+MINUTES ?= 25
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
