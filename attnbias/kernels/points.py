@@ -101,6 +101,7 @@ def measure(t, KIND: tl.constexpr, b, i, j, im, jm):
     """Distances (or squares) of a tile, zero where there is none, where there is one, and the
     squares that they are made of: ``|x - y|^2`` and, on the sphere, ``|x + y|^2``.
     """
+    AXES: tl.constexpr = KIND[2]
     step, side = step_of(t, KIND, b, i, j, im, jm, 0)
     near = step * step
     far = side * side
@@ -110,7 +111,7 @@ def measure(t, KIND: tl.constexpr, b, i, j, im, jm):
             there = there & (step >= 0.0)
         q = near if KIND[4] else step
     else:
-        for axis in tl.static_range(1, KIND[2]):
+        for axis in tl.static_range(1, AXES):
             step, side = step_of(t, KIND, b, i, j, im, jm, axis)
             near += step * step
             far += side * side

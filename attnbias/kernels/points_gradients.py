@@ -68,21 +68,29 @@ def move(slope, t, KIND: tl.constexpr, b, i, j, im, jm, axis):
 
 
 @triton.jit
+def zeros(COUNT: tl.constexpr, SIZE: tl.constexpr):
+    made = ()
+    for _ in tl.static_range(COUNT):
+        made += (tl.zeros((SIZE,), tl.float32),)
+    return made
+
+
+@triton.jit
+def start_rows_one(KIND: tl.constexpr, WANTED: tl.constexpr, ROWS: tl.constexpr):
+    PER: tl.constexpr = 1 if KIND[5] == "linear" else (3 if KIND[5] == "bell" else 2)
+    COUNT: tl.constexpr = WANTED % 2 * PER * KIND[6] + WANTED // 2 % 2 * KIND[2]
+    return zeros(COUNT, ROWS)
+
+
+@triton.jit
 def start_rows(KINDS: tl.constexpr, WANTED: tl.constexpr, ROWS: tl.constexpr):
     """A tuple of sums for each term: of parameters basis by basis, then of coordinates."""
     made = ()
     for k in tl.static_range(len(KINDS)):
-        own = ()
-        if WANTED[k] % 2 == 1:
-            PER: tl.constexpr = (
-                1 if KINDS[k][5] == "linear" else (3 if KINDS[k][5] == "bell" else 2)
-            )
-            for _ in tl.static_range(PER * KINDS[k][6]):
-                own += (tl.zeros((ROWS,), tl.float32),)
-        if WANTED[k] // 2 % 2 == 1:
-            for _ in tl.static_range(KINDS[k][2]):
-                own += (tl.zeros((ROWS,), tl.float32),)
-        made += (own,)
+        if WANTED[k] % 4 == 0:
+            made += ((),)
+        else:
+            made += (start_rows_one(KINDS[k], WANTED[k], ROWS),)
     return made
 
 
@@ -99,8 +107,9 @@ def add_rows_one(own, ds, t, KIND: tl.constexpr, WANTED: tl.constexpr, b, h, i, 
             made += (own[0] + tl.sum(g * q, 1),)
     else:
         PER: tl.constexpr = 3 if KIND[5] == "bell" else 2
+        BASES: tl.constexpr = KIND[6]
         slope = tl.zeros_like(g)
-        for f in tl.static_range(KIND[6]):
+        for f in tl.static_range(BASES):
             bell, step = basis(q, t, KIND, h, f)
             part = g * bell
             push = part * step
@@ -113,10 +122,11 @@ def add_rows_one(own, ds, t, KIND: tl.constexpr, WANTED: tl.constexpr, b, h, i, 
             rise = tl.load(t.a + at) * tl.load(t.b + at) * LN2
             slope += 2.0 * rise * push if KIND[5] == "bell" else rise * part
     if WANTED // 2 % 2 == 1:
-        FIRST: tl.constexpr = len(own) - KIND[2]
+        AXES: tl.constexpr = KIND[2]
+        FIRST: tl.constexpr = len(own) - AXES
         if KIND[1] != "time":
             slope *= rate(q, near, far, KIND)
-        for axis in tl.static_range(KIND[2]):
+        for axis in tl.static_range(AXES):
             part = move(slope, t, KIND, b, i, j, im, jm, axis)
             made += (own[FIRST + axis] + tl.sum(part, 1),)
     return made
@@ -137,35 +147,43 @@ def add_rows(
 
 
 @triton.jit
+def store_rows_one(
+    own, slots, t, KIND: tl.constexpr, WANTED: tl.constexpr,
+    b, h, unit, block, blocks, i, im, n,
+):  # fmt: skip
+    AXES: tl.constexpr = KIND[2]
+    COUNT: tl.constexpr = len(own) - WANTED // 2 % 2 * AXES
+    factor = tl.full(i.shape, 1.0, tl.float32)
+    if KIND[8] % 2 == 1:
+        factor = tl.sum(query_factor(t, b, h, i, im), 1)
+    if WANTED % 2 == 1:
+        PER: tl.constexpr = COUNT // KIND[6]
+        values = tl.zeros_like(factor)
+        at = slots.parts + (unit * blocks + block) * COUNT
+        for f in tl.static_range(COUNT):
+            sums = tl.where(im, own[f], 0.0)
+            tl.store(at + f, tl.sum(sums * factor, 0))
+            if f % PER == 0:
+                values += sums * tl.load(t.a + h * t.head + f // PER)
+        tl.store(slots.query + unit * n + i, values, mask=im)
+    if WANTED // 2 % 2 == 1:
+        for axis in tl.static_range(AXES):
+            at = slots.x + (unit * AXES + axis) * n + i
+            tl.store(at, own[COUNT + axis] * factor, mask=im)
+
+
+@triton.jit
 def store_rows(
     sums, slots, terms, KINDS: tl.constexpr, WANTED: tl.constexpr,
     b, h, heads, block, blocks, i, im, n,
 ):  # fmt: skip
     """Write the sums of a program: block of blocks, queries i."""
-    unit = b * heads + h
     for k in tl.static_range(len(KINDS)):
         if WANTED[k] % 4 != 0:
-            factor = tl.full(i.shape, 1.0, tl.float32)
-            if KINDS[k][8] % 2 == 1:
-                factor = tl.sum(query_factor(terms[k], b, h, i, im), 1)
-            COUNT: tl.constexpr = len(sums[k]) - (WANTED[k] // 2 % 2) * KINDS[k][2]
-            if WANTED[k] % 2 == 1:
-                PER: tl.constexpr = COUNT // KINDS[k][6]
-                values = tl.zeros_like(factor)
-                at = slots[k].parts + (unit * blocks + block) * COUNT
-                for f in tl.static_range(COUNT):
-                    own = tl.where(im, sums[k][f], 0.0)
-                    tl.store(at + f, tl.sum(own * factor, 0))
-                    if f % PER == 0:
-                        values += own * tl.load(terms[k].a + h * terms[k].head + f // PER)
-                tl.store(slots[k].query + unit * n + i, values, mask=im)
-            if WANTED[k] // 2 % 2 == 1:
-                for axis in tl.static_range(KINDS[k][2]):
-                    tl.store(
-                        slots[k].x + (unit * KINDS[k][2] + axis) * n + i,
-                        sums[k][COUNT + axis] * factor,
-                        mask=im,
-                    )
+            store_rows_one(
+                sums[k], slots[k], terms[k], KINDS[k], WANTED[k],
+                b, h, b * heads + h, block, blocks, i, im, n,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -174,8 +192,9 @@ def slope_of(g, q, near, far, t, KIND: tl.constexpr, h):
     if KIND[5] == "linear":
         slope = g * tl.load(t.a + h * t.head)
     else:
+        BASES: tl.constexpr = KIND[6]
         slope = tl.zeros_like(g)
-        for f in tl.static_range(KIND[6]):
+        for f in tl.static_range(BASES):
             bell, step = basis(q, t, KIND, h, f)
             at = h * t.head + f
             rise = tl.load(t.a + at) * tl.load(t.b + at) * LN2
@@ -191,11 +210,10 @@ def start_cols(KINDS: tl.constexpr, WANTED: tl.constexpr, COLS: tl.constexpr):
     """A tuple of sums for each term: of the coordinates of keys."""
     made = ()
     for k in tl.static_range(len(KINDS)):
-        own = ()
-        if WANTED[k] >= 4:
-            for _ in tl.static_range(KINDS[k][2]):
-                own += (tl.zeros((COLS,), tl.float32),)
-        made += (own,)
+        if WANTED[k] < 4:
+            made += ((),)
+        else:
+            made += (zeros(KINDS[k][2], COLS),)
     return made
 
 
@@ -208,8 +226,9 @@ def add_cols_one(own, ds, t, KIND: tl.constexpr, b, h, i, j, im, jm):
     if KIND[8] >= 2:
         g *= key_factor(t, b, h, j, jm)
     slope = slope_of(g, q, near, far, t, KIND, h)
+    AXES: tl.constexpr = KIND[2]
     made = ()
-    for axis in tl.static_range(KIND[2]):
+    for axis in tl.static_range(AXES):
         part = move(slope, t, KIND, b, i, j, im, jm, axis)
         made += (own[axis] - tl.sum(part, 0),)
     return made
@@ -230,9 +249,15 @@ def add_cols(
 
 
 @triton.jit
+def store_cols_one(own, slots, unit, j, jm, m):
+    AXES: tl.constexpr = len(own)
+    for axis in tl.static_range(AXES):
+        tl.store(slots.y + (unit * AXES + axis) * m + j, own[axis], mask=jm)
+
+
+@triton.jit
 def store_cols(sums, slots, KINDS: tl.constexpr, WANTED: tl.constexpr, unit, j, jm, m):
     """Write the sums of a program; unit: batch element times groups plus group, keys j."""
     for k in tl.static_range(len(KINDS)):
         if WANTED[k] >= 4:
-            for axis in tl.static_range(KINDS[k][2]):
-                tl.store(slots[k].y + (unit * KINDS[k][2] + axis) * m + j, sums[k][axis], mask=jm)
+            store_cols_one(sums[k], slots[k], unit, j, jm, m)

@@ -20,9 +20,10 @@ from attnbias.bias import (
 from attnbias.bias.base import to_mask
 from attnbias.bias.masks import meet
 from attnbias.kernels import ranges
+from attnbias.kernels.kinds import Kind
 from attnbias.kernels.launch import Given
 from attnbias.kernels.pattern import Drop
-from attnbias.kernels.terms import Row, Strip
+from attnbias.kernels.terms import Row, strip
 from attnbias.lowering import dropout, triton_factors, triton_points, triton_terms
 from attnbias.lowering.problem import Problem
 from attnbias.lowering.triton_terms import Term, lines, steps
@@ -89,12 +90,12 @@ def give(problem: Problem, bias: Bias | None, *, parts: bool = False) -> Given:
         others.insert(0, ("row", Row(row, *steps(row, 2))))
     if tables:
         table = _sum(tables, device)
-        others.insert(0, ("strip", Strip(table, *steps(table, 2))))
+        others.insert(0, ("strip", strip(table)))
     places, sides, ranged = ranges.places(band, seen, problem.queries, problem.keys)
     columns, rank = triton_factors.columns(factors, problem.query.dtype, device, parts=parts)
     return Given(
         tuple(term for _, term in others),
-        tuple(kind for kind, _ in others),
+        tuple(Kind(kind) if isinstance(kind, tuple) else kind for kind, _ in others),
         columns,
         rank,
         places,
