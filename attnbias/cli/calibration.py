@@ -7,7 +7,7 @@ offers. The seconds of a count (`attnbias.lowering.effort`) are those that fit t
 .. math:: \min_{s \ge 0} \sum_p \Bigl(\log t_p - \log \sum_c s_c\, n_{pc}\Bigr)^2
 
 by non-negative least squares on relative errors, reweighted until the errors up and down weigh the
-same. Lowerings and directions are fitted each by itself; formats share the seconds of entries.
+same. All lowerings are fitted together: many call the same operator or make the same entries.
 """
 
 from __future__ import annotations
@@ -169,51 +169,31 @@ def problem_of(case: Case) -> Problem:
     return problem
 
 
-def fit(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]]]:
-    """The seconds of a table, from measured problems with their counts."""
-    groups: dict[tuple[str, str], list[tuple[str, Mapping[str, float], float]]] = {}
-    for record in records:
-        for name, counts in record["counts"].items():
-            taken = record["seconds"].get(name)
-            if taken:
-                row = (record["case"]["dtype"], counts, taken)
-                groups.setdefault((name, record["case"]["direction"]), []).append(row)
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for (name, direction), rows in sorted(groups.items()):
-        found.setdefault(name, {}).update(
-            {f"{direction} {part}": each for part, each in _fit(rows).items()}
-        )
-    return found
-
-
-def _fit(rows: Sequence[tuple[str, Mapping[str, float], float]]) -> dict[str, dict[str, float]]:
-    """``{format | "entries": {count: seconds}}`` of one lowering and direction."""
+def fit(records: Sequence[Record]) -> dict[str, float]:
+    """The seconds of each count, from measured problems with what their lowerings did."""
     import torch
 
-    names = sorted(
-        {
-            ("entries" if count.startswith("entries") else dtype, count)
-            for dtype, counts, _ in rows
-            for count in counts
-        }
-    )
+    rows = [
+        (counts, record["seconds"][name])
+        for record in records
+        for name, counts in record["counts"].items()
+        if record["seconds"].get(name)
+    ]
+    names = sorted({count for counts, _ in rows for count, number in counts.items() if number})
     place = {name: at for at, name in enumerate(names)}
     matrix = torch.zeros(len(rows), len(names), dtype=torch.float64)
-    for at, (dtype, counts, _) in enumerate(rows):
+    for at, (counts, _) in enumerate(rows):
         for count, number in counts.items():
-            part = "entries" if count.startswith("entries") else dtype
-            matrix[at, place[part, count]] = number
-    taken = torch.tensor([t for _, _, t in rows], dtype=torch.float64)
+            if number:
+                matrix[at, place[count]] = number
+    taken = torch.tensor([t for _, t in rows], dtype=torch.float64)
     weight = 1.0 / taken
     each = torch.zeros(len(names), dtype=torch.float64)
     for _ in range(4):
         each = nonnegative(matrix * weight[:, None], taken * weight)
         # Relative errors to the middle of both, so that a fit does not gain by being low.
         weight = 1.0 / (taken * (matrix @ each).clamp(min=1e-9)).sqrt()
-    found: dict[str, dict[str, float]] = {}
-    for (part, count), value in zip(names, each.tolist(), strict=True):
-        found.setdefault(part, {})[count] = float(f"{value:.4g}")
-    return found
+    return {name: float(f"{value:.4g}") for name, value in zip(names, each.tolist(), strict=True)}
 
 
 def nonnegative(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -252,24 +232,16 @@ def nonnegative(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def deviations(
-    records: Sequence[Record], found: Mapping[str, Mapping[str, Mapping[str, float]]]
-) -> dict[str, float]:
+def deviations(records: Sequence[Record], found: Mapping[str, float]) -> dict[str, float]:
     """Of each lowering, the median factor between fitted and measured time, less one."""
     gaps: dict[str, list[float]] = {}
     for record in records:
         for name, counts in record["counts"].items():
-            taken, way = record["seconds"].get(name), record["case"]["direction"]
-            core = found.get(name, {}).get(f"{way} {record['case']['dtype']}")
-            if not taken or core is None:
-                continue
-            entries = found[name].get(f"{way} entries", {})
-            told = sum(
-                (entries if count.startswith("entries") else core).get(count, 0.0) * number
-                for count, number in counts.items()
-            )
-            gaps.setdefault(name, []).append(math.exp(abs(math.log(max(told, 1e-9) / taken))) - 1)
-    return {name: round(statistics.median(found), 4) for name, found in sorted(gaps.items())}
+            taken = record["seconds"].get(name)
+            if taken:
+                told = sum(found.get(count, 0.0) * number for count, number in counts.items())
+                gaps.setdefault(name, []).append(abs(math.log(max(told, 1e-9) / taken)))
+    return {name: round(math.expm1(statistics.median(g)), 4) for name, g in sorted(gaps.items())}
 
 
 # The files ---------------------------------------------------------------------------------------
@@ -320,8 +292,19 @@ def table(device: torch.device, records: Sequence[Record]) -> dict[str, Any]:
         "seed": SEED,
         "problems": len(records),
         "deviation": deviations(counted, found),
+        "lowerings": ways(counted),
         "seconds": found,
     }
+
+
+def ways(records: Sequence[Record]) -> dict[str, list[str]]:
+    """The directions and formats in which each lowering was measured."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for name in record["counts"]:
+            way = f"{record['case']['direction']} {record['case']['dtype']}"
+            found.setdefault(name, set()).add(way)
+    return {name: sorted(some) for name, some in sorted(found.items())}
 
 
 def counts_of(record: Record) -> dict[str, dict[str, float]]:
@@ -329,8 +312,8 @@ def counts_of(record: Record) -> dict[str, dict[str, float]]:
     from attnbias.lowering import effort
 
     problem = problem_of(Case.of(record["case"]))
-    found = {name: effort.counts(name, problem) for name in record["seconds"]}
-    return {name: counts for name, counts in found.items() if counts is not None}
+    names = [name for name in record["seconds"] if name in effort.COUNTS]
+    return {name: effort.counts(name, problem) for name in names}
 
 
 def processor() -> str:

@@ -324,8 +324,8 @@ def draw(
                 queries = source.randint(1, 16)
             elif way < 0.4:
                 queries = _length(source, 16, 4096)
-        if "segments" in structures:
-            queries = min(queries, keys)
+        if causal or "segments" in structures:
+            queries = min(queries, keys)  # more would see nothing
         found = Case(
             structures,
             batch,

@@ -2,11 +2,10 @@ r"""Measured costs: the time of a lowering on a problem, from a table of seconds
 
 .. math:: t(\text{lowering}, \text{problem}) = \sum_c s_c\, n_c(\text{problem})
 
-The counts :math:`n_c` are those of `attnbias.lowering.effort`; the seconds :math:`s_c \ge 0` of a
-lowering, a direction (forward, training, learned: gradients to the bias, too) and a format were
-fitted to measured problems (`attnbias bench --calibrate`), the relative errors as small as can be.
-Seconds for entries are shared by the formats. Between the measured sizes this interpolates, and
-beyond them it grows as the work does.
+The counts :math:`n_c` are those of `attnbias.lowering.effort`; the seconds :math:`s_c \ge 0` were
+fitted to measured problems, all lowerings together (`attnbias bench --calibrate`), the relative
+errors as small as can be. Between the measured sizes this interpolates, and beyond them it grows as
+the work does.
 
 A table is of one kind of device. The package ships those of ``costs.json`` beside this file; a
 table of your own machine comes first: the file that the variable ``ATTNBIAS_COSTS`` names, or else
@@ -36,69 +35,68 @@ from attnbias.lowering.problem import Offer, Problem
 
 SHIPPED = Path(__file__).with_name("costs.json")
 VERSION = 1
-DIRECTIONS = ("forward", "training", "learned")
-ENTRIES = "entries"
-
-Seconds = Mapping[str, float]
+# Counts that name a structure.
+MANY = ("entries", "pull", "own reads", "own backward reads", "own sums")
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The costs of one kind of device.
 
-    device: as `device_kind` names it. seconds: of a lowering and ``direction format`` (``"training
-    bfloat16"``) by count; ``direction entries`` are those of the entries. measured: who, when, how
-    (the words that `explain` prints). path: the file it was read from.
+    device: as `device_kind` names it. seconds: of each count. lowerings: those that were measured,
+    with the directions and formats they were measured in. measured: on what, with what, when.
     """
 
     device: str
-    seconds: Mapping[str, Mapping[str, Seconds]]
+    seconds: Mapping[str, float]
+    lowerings: Mapping[str, frozenset[str]]
     measured: str
-    path: str = ""
 
-    def parts(self, lowering: str, problem: Problem) -> dict[str, float] | None:
-        """Seconds of a lowering on a problem, by count; None where nothing like it was measured."""
-        own = self.seconds.get(lowering)
-        if own is None:
-            return None
-        way = direction(problem)
-        core = own.get(f"{way} {format_name(problem.query.dtype)}")
-        if core is None:
-            return None
-        found = effort.counts(lowering, problem)
-        return None if found is None else self._times(found, core, own.get(f"{way} {ENTRIES}", {}))
+    def measures(self, offer: Offer, problem: Problem) -> bool:
+        """Whether the lowering of an offer was measured in the direction and format of a
+        problem.
+        """
+        if offer.refused or problem.empty or offer.lowering not in effort.COUNTS:
+            return False
+        way = f"{effort.direction(problem)} {format_name(problem.query.dtype)}"
+        return way in self.lowerings.get(offer.lowering, ())
 
-    def unbiased(self, problem: Problem) -> float | None:
+    def parts(self, lowering: str, problem: Problem) -> dict[str, float]:
+        """Seconds of a lowering that offers on a problem, by count."""
+        return self.times(effort.counts(lowering, problem))
+
+    def total(self, lowering: str, problem: Problem) -> float:
+        """Seconds of a lowering that offers on a problem."""
+        return sum(self.parts(lowering, problem).values())
+
+    def serves(self, problem: Problem) -> bool:
+        """Whether attention without a bias was measured in the direction and format of a
+        problem.
+        """
+        way = "forward" if effort.direction(problem) == "forward" else "training"
+        kind = f"{way} {format_name(problem.query.dtype)}"
+        return not problem.empty and kind in self.lowerings.get("sdpa", ())
+
+    def unbiased(self, problem: Problem) -> float:
         """Seconds of the same attention without its bias."""
-        way = "training" if direction(problem) == "learned" else direction(problem)
-        core = self.seconds.get("sdpa", {}).get(f"{way} {format_name(problem.query.dtype)}")
-        if core is None or problem.empty:
-            return None
-        return sum(self._times(effort.unbiased(problem), core, {}).values())
+        return sum(self.times(effort.unbiased(problem)).values())
 
-    def _times(self, counts: effort.Counts, core: Seconds, entries: Seconds) -> dict[str, float]:
+    def times(self, counts: effort.Counts) -> dict[str, float]:
+        """Seconds of each count."""
         found = {}
         for name, count in counts.items():
-            if name.startswith(ENTRIES):
-                # A structure that was not measured is taken as the middle of those that were.
-                each = entries.get(name)
-                each = _middle(entries) if each is None else each
-            else:
-                each = core.get(name, 0.0)
-            found[name] = each * count
+            if count:
+                each = self.seconds.get(name)
+                found[name] = (self._like(name) if each is None else each) * count
         return found
 
-
-def _middle(entries: Seconds) -> float:
-    known = sorted(entries.values())
-    return known[len(known) // 2] if known else 0.0
-
-
-def direction(problem: Problem) -> str:
-    """Which passes a call is followed by."""
-    if problem.bias_gradient:
-        return "learned"
-    return "training" if problem.gradient else "forward"
+    def _like(self, name: str) -> float:
+        """What a structure that was not measured costs: the middle of those that were."""
+        group = next((part for part in MANY if name.startswith(f"{part} ")), None)
+        if group is None:
+            return 0.0
+        known = sorted(v for n, v in self.seconds.items() if n.startswith(f"{group} "))
+        return known[len(known) // 2] if known else 0.0
 
 
 def format_name(kind: torch.dtype) -> str:
@@ -190,20 +188,15 @@ def read(path: Path) -> tuple[Table, ...]:
     if not isinstance(given, dict) or given.get("version") != VERSION:
         raise AttnbiasError(f"{path} is no table of costs of version {VERSION}; {remake}.")
     try:
-        return tuple(_table(one, str(path)) for one in given["tables"])
+        return tuple(_table(one) for one in given["tables"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise AttnbiasError(f"the table of costs {path} is damaged ({error}); {remake}.") from error
 
 
-def _table(given: Mapping[str, Any], path: str) -> Table:
-    seconds = {
-        str(lowering): {
-            str(part): {str(name): _number(value) for name, value in found.items()}
-            for part, found in parts.items()
-        }
-        for lowering, parts in given["seconds"].items()
-    }
-    return Table(str(given["device"]), seconds, str(given["measured"]), path)
+def _table(given: Mapping[str, Any]) -> Table:
+    seconds = {str(name): _number(value) for name, value in given["seconds"].items()}
+    ways = {str(low): frozenset(map(str, found)) for low, found in given["lowerings"].items()}
+    return Table(str(given["device"]), seconds, ways, str(given["measured"]))
 
 
 def _number(value: Any) -> float:
@@ -213,6 +206,19 @@ def _number(value: Any) -> float:
     return number
 
 
+def cheapest(problem: Problem, offers: Sequence[Offer]) -> Offer:
+    """The first of `priced`, without what only an explanation needs."""
+    known = table(problem.query.device)
+    if known is None or not known.serves(problem):
+        return min(offers, key=lambda offer: offer.time)
+    measured = [offer for offer in offers if known.measures(offer, problem)]
+    if not measured:
+        return min(offers, key=lambda offer: offer.time)
+    if len(measured) == 1:
+        return measured[0]
+    return min(measured, key=lambda offer: known.total(offer.lowering, problem))
+
+
 def priced(problem: Problem, offers: Sequence[Offer]) -> list[Offer]:
     """The offers with measured times where there are such, the cheapest first, refusals last.
 
@@ -220,13 +226,12 @@ def priced(problem: Problem, offers: Sequence[Offer]) -> list[Offer]:
     stable: among equals the order given holds.
     """
     known = table(problem.query.device)
-    floor = None if known is None else known.unbiased(problem)
+    floor = known.unbiased(problem) if known is not None and known.serves(problem) else 0.0
     if known is None or not floor:
         return sorted(offers, key=lambda offer: offer.time)
     found = []
     for offer in offers:
-        parts = None if offer.refused else known.parts(offer.lowering, problem)
-        total = 0.0 if parts is None else sum(parts.values())
+        total = known.total(offer.lowering, problem) if known.measures(offer, problem) else 0.0
         if total > 0.0:
             offer = dataclasses.replace(offer, time=total / floor, seconds=total)
         found.append(offer)

@@ -135,7 +135,7 @@ def explanation(problem: Problem, words: str) -> Explanation:
     known = costs.table(problem.query.device)
     if known is not None and chosen.seconds:
         source = f"measured: {known.measured}"
-        parts = known.parts(chosen.lowering, problem) or {}
+        parts = known.parts(chosen.lowering, problem)
         shares = sorted(((n, s / chosen.seconds) for n, s in parts.items()), key=lambda x: -x[1])
     counts = tuple(counted(offer, problem) for offer in found)
     kept = tuple((name, share) for name, share in shares if share >= 0.02)
@@ -145,7 +145,8 @@ def explanation(problem: Problem, words: str) -> Explanation:
 def choose(problem: Problem, name: str | None = None) -> Lowering:
     """The lowering that runs: the cheapest offer, or the one asked for by name."""
     if name is None:
-        return LOWERINGS[offers(problem)[0].lowering]
+        answers = [low.answer(problem) for low in LOWERINGS.values()]
+        return LOWERINGS[costs.cheapest(problem, answers).lowering]
     if name not in LOWERINGS:
         known = ", ".join(LOWERINGS)
         raise AttnbiasError(f"lowering must be one of {known}, got {name!r}.")
