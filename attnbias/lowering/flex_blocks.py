@@ -40,8 +40,10 @@ def blocks(masks: Sequence[Bias], queries: int, keys: int, device: torch.device)
 
 def ordered(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """``(how many, which first)`` of the chosen blocks of each row: what a `BlockMask` lists."""
+    # The kernels read a list as one piece: a transposed one must be copied.
+    chosen = chosen.contiguous()
     order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)
+    return chosen.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
 
 
 def _of(mask: Bias, queries: int, keys: int, device: torch.device) -> Blocks:
