@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from attnbias.kernels.points import add_points
 
@@ -24,11 +25,15 @@ class Row(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """``data[b, h, j - i + n - 1]``: the diagonals of a `Relative`."""
+    """``data[b, h, c, j - i + n - 1 - c]`` for any copy c of 0 to 3: the diagonals of a `Relative`,
+    stored four times, each copy without the first element of the one before, so that every row of
+    a tile finds one in which its keys begin at a multiple of four: `strip` makes them.
+    """
 
     data: Any
     batch: Any
     head: Any
+    copy: Any
 
 
 class Whole(NamedTuple):
@@ -102,6 +107,17 @@ class Box(NamedTuple):
     cells: Any
 
 
+def strip(table: Tensor) -> Strip:
+    """Of a table ``(batch | 1, heads | 1, queries + keys - 1)`` in float32."""
+    batch, heads, length = table.shape
+    room = -(-length // 16) * 16
+    copies = table.new_zeros(batch, heads, 4, room)
+    for copy in range(4):
+        copies[:, :, copy, : max(length - copy, 0)] = table[:, :, copy:]
+    head = 0 if heads == 1 else 4 * room
+    return Strip(copies, 0 if batch == 1 else heads * 4 * room, head, room)
+
+
 @triton.jit
 def row_tile(t, b, h, j, jm):
     return tl.load(t.data + b * t.batch + h * t.head + j[None, :], mask=jm[None, :], other=0.0)
@@ -109,9 +125,14 @@ def row_tile(t, b, h, j, jm):
 
 @triton.jit
 def strip_tile(t, b, h, i, j, im, jm, n):
-    at = j[None, :] - i[:, None] + (n - 1)
+    back = n - 1 - i
+    copy = back & 3
+    # Read four at a time: entry by entry a tile of them costs as much as its softmax.
+    row = tl.multiple_of(copy * t.copy + (back - copy), 4)
     seen = im[:, None] & jm[None, :]
-    return tl.load(t.data + b * t.batch + h * t.head + at, mask=seen, other=0.0)
+    return tl.load(
+        t.data + b * t.batch + h * t.head + (row[:, None] + j[None, :]), mask=seen, other=0.0
+    )
 
 
 @triton.jit
