@@ -59,12 +59,13 @@ class Features:
             torch.cat([self._asked[n].to(self._scene.query) for n in names], -1) if names else None
         )
 
-    def take(self, means: Tensor, gap: Tensor | None) -> None:
+    def take(self, means: Tensor | None, gap: Tensor | None) -> None:
         """The means of `asked` (B, H, N, F), and the gap (B, H, N), as a sweep has found them."""
         names = [n for n in self._asked if n not in self._found and n != GAP]
         widths = [self._asked[n].shape[-1] for n in names]
-        for name, part in zip(names, torch.split(means, widths, -1), strict=True):
-            self._found[name] = part
+        if means is not None:
+            for name, part in zip(names, torch.split(means, widths, -1), strict=True):
+                self._found[name] = part
         if gap is not None:
             self._found[GAP] = gap[..., None]
 

@@ -54,7 +54,8 @@ class Scene(Placed):
         super().__init__(call, spans, targets)
         self._value = call.value
         kind = torch.float64 if call.query.dtype == torch.float64 else torch.float32
-        self.query, self.key = call.query.detach().to(kind), call.key.detach().to(kind)
+        self.given = call.query.detach(), call.key.detach()  # in the model's own format
+        self.query, self.key = (t.to(kind) for t in self.given)
         self.heads, self.width = self.query.shape[1], self.query.shape[3]
         self.groups, self.keys = self.key.shape[1], self.key.shape[2]
         self.scale = float(call.scale)
@@ -68,32 +69,45 @@ class Scene(Placed):
         self._lse = self._sound(lse.detach()) if lse is not None and usable else None
         self._kept: dict[str, Tensor] = {}
         self._features: Features | None = None
+        self._top = 1
         self.swept = False
 
     def sweep(self, wanted: set[str]) -> bool:
-        """Find what statistics want (see `Statistic.swept`) in one compiled pass over the map.
+        """Find what statistics want (see `Statistic.swept`) in one pass over the map: a kernel on a
+        GPU, compiled loops on a CPU.
 
-        False, and nothing is done, where the compiled loops do not take this call.
+        False, and nothing is done, where neither takes this call.
         """
-        from attnbias.observe import sweep
+        from attnbias.observe import on_chip, sweep
 
-        if not sweep.fits(self):
-            return False
         asked = self.features.asked() if "features" in wanted else None
-        found = sweep.Sweep(self, wanted, asked)
-        self._kept["columns"] = found.columns
-        if "inner" in wanted:
+        found: on_chip.OnChip | sweep.Sweep
+        if on_chip.fits(self):
+            found = on_chip.OnChip(self, wanted, asked, self._top)
+        elif sweep.fits(self):
+            found = sweep.Sweep(self, wanted, asked, self._top)
+        else:
+            return False
+        if found.columns is not None:
+            self._kept["columns"] = found.columns
+        if found.inner is not None:
             self._kept["inner"] = found.inner
-        if "peak" in wanted:
-            self._kept["weight"], self._kept["slot"] = found.peak, found.place.long().clamp_min(0)
-        if asked is not None or "gap" in wanted:
-            self.features.take(found.features, found.gap if "gap" in wanted else None)
+        if found.peak is not None and found.place is not None:
+            self._kept["weight"], self._kept["slot"] = found.peak, found.place
+        if found.features is not None or found.gap is not None:
+            self.features.take(found.features, found.gap)
         self.swept = True
         return True
 
+    def ask_top(self, count: int) -> None:
+        """Want the `count` largest weights of each row in `peak`."""
+        self._top = max(self._top, count)
+
     @property
     def peak(self) -> tuple[Tensor, Tensor]:
-        """(B, H, N) each: the largest weight of a row and its first key slot; found by `sweep`."""
+        """(B, H, N, top) each: the largest weights of a row and their key slots, largest first, of
+        equal ones the first key; slot -1 where no weight above 0 is left. Found by `sweep`.
+        """
         return self._kept["weight"], self._kept["slot"]
 
     @functools.cached_property

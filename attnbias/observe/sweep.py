@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnbias import native
 from attnbias.bias import Bias, KeyBias, Padding, Window
+from attnbias.observe.largest import joined, largest
 
 if TYPE_CHECKING:
     from attnbias.observe.scene import Scene
@@ -33,22 +34,33 @@ class Sweep:
 
     Attributes:
         columns: attention received. inner: ``sum p (lse - s)``, the entropy of each row.
-        gap: mean distance in positions. peak, place: largest weight and its key slot.
+        gap: mean distance in positions. peak, place: (B, H, N, top), the largest weights and their
+            key slots, largest first.
         features: (B, H, N, F), the sums of ``p_ij f_j`` for `features` (B, M, F).
+
+    What is not wanted is None, but for `columns`.
     """
 
-    def __init__(self, scene: Scene, wanted: set[str], features: Tensor | None = None) -> None:
+    def __init__(
+        self, scene: Scene, wanted: set[str], features: Tensor | None = None, top: int = 1
+    ) -> None:
         self.scene = scene
         self.columns = self._zeros(scene.keys)
         rows = scene.queries
-        self.inner = self._zeros(rows if "inner" in wanted else 0)
-        self.gap = self._zeros(rows if "gap" in wanted else 0)
-        peaks = rows if "peak" in wanted else 0
-        self.peak = torch.zeros(scene.batch, scene.heads, peaks)
-        self.place = torch.full((scene.batch, scene.heads, peaks), -1, dtype=torch.int32)
+        self.inner = self._zeros(rows) if "inner" in wanted else None
+        self.gap = self._zeros(rows) if "gap" in wanted else None
+        self._top = top if "peak" in wanted else 0
+        shape = (scene.batch, scene.heads, rows)
+        one = shape if self._top == 1 else (*shape[:2], 0)  # of these the compiled loop takes care
+        self._peak = torch.zeros(one)
+        self._place = torch.full(one, -1, dtype=torch.int32)
+        several = self._top if self._top > 1 else 0
+        self._peaks = torch.zeros(*shape, several)
+        self._places = torch.full((*shape, several), -1)
         self._values = features
-        width = 0 if features is None else features.shape[-1]
-        self.features = torch.zeros(scene.batch, scene.heads, rows, width, dtype=torch.float64)
+        self.features: Tensor | None = None
+        if features is not None:
+            self.features = torch.zeros(*shape, features.shape[-1], dtype=torch.float64)
         lse = scene.lse
         self._lse = torch.where(scene.counted, lse, torch.inf).contiguous()
         self._band, self._per_key, self._rest = _split(scene)
@@ -60,6 +72,18 @@ class Sweep:
                 low, high = scene.span(part)
                 for start in range(low, high, self._step(part)):
                     self._tile(row, heads, part, slice(start, min(start + self._step(part), high)))
+
+    @property
+    def peak(self) -> Tensor | None:
+        if self._top == 1:
+            return self._peak[..., None]
+        return self._peaks if self._top else None
+
+    @property
+    def place(self) -> Tensor | None:
+        if self._top == 1:
+            return self._place.long()[..., None]
+        return self._places if self._top else None
 
     def _zeros(self, length: int) -> Tensor:
         return torch.zeros(self.scene.batch, self.scene.heads, length, dtype=torch.float64)
@@ -93,8 +117,11 @@ class Sweep:
         low, high = self._band
         flat = tile.view(count * rows, width)
         here = (row, heads, part)
-        inner, gap = (_rows(t, here) for t in (self.inner, self.gap))
-        peak, place = (_rows(t, here) for t in (self.peak, self.place))
+        empty = self._peak.new_empty(0, dtype=torch.float64)
+        inner, gap = (
+            empty if t is None else t[here].flatten().clone() for t in (self.inner, self.gap)
+        )
+        peak, place = (_rows(t, here) for t in (self._peak, self._place))
         sweep(
             flat,
             self._lse[here].reshape(-1).contiguous(),
@@ -112,14 +139,23 @@ class Sweep:
         )
         added = columns if count > 1 else columns.double().sum(0, keepdim=True)
         self.columns[row, heads, keys] += added
-        for whole, found in ((self.inner, inner), (self.gap, gap), (self.peak, peak)):
-            if found.numel():
+        results = (self.inner, self.gap, self._peak, self._place)
+        for whole, found in zip(results, (inner, gap, peak, place), strict=True):
+            if whole is not None and found.numel():
                 whole[here] = found.view(count, rows)
-        if place.numel():
-            self.place[here] = place.view(count, rows)
-        if self._values is not None:
+        if self._top > 1:
+            self._rank(here, tile, keys.start)
+        if self._values is not None and self.features is not None:
             means = tile @ self._values[row, keys]
             self.features[here] += means
+
+    def _rank(self, here: tuple[int, slice, slice], tile: Tensor, start: int) -> None:
+        """Take in the largest weights of a tile of weights."""
+        weight, place = largest(tile, self._top)
+        place = torch.where(place >= 0, place + start, -1)
+        pairs = ((self._peaks[here], weight), (self._places[here], place))
+        weight, place = (torch.cat(pair, -1) for pair in pairs)
+        self._peaks[here], self._places[here] = joined(weight, place, self._top)
 
     def _scores(self, row: int, heads: slice, part: slice, keys: slice) -> Tensor:
         """(heads, queries, keys): scaled products, in a buffer that is used again."""

@@ -123,11 +123,24 @@ def test_the_sweep_in_many_tiles_and_threads() -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found = Sweep(scene, wanted, feature)
+            top = count + 1
+            found = Sweep(scene, wanted, feature, top)
+            first = Sweep(scene, {"peak"})
+            assert found.peak is not None
+            assert found.place is not None
+            assert found.inner is not None
+            assert found.gap is not None
+            assert found.features is not None
+            assert first.peak is not None
+            assert first.place is not None
             close(found.columns, p.sum(-2))
             close(found.features, p @ feature[:, None].double())
             close(found.gap, (p * near).sum(-1), 2e-5)
             close(found.inner, -torch.xlogy(p, p).sum(-1))
-            close(found.peak, p.amax(-1))
+            weights, places = p.topk(top, -1)
+            close(found.peak, weights)
+            assert (found.place == places).float().mean() > 0.999  # near ties round either way
+            assert torch.equal(found.place[..., :1], first.place)
+            assert torch.equal(found.peak[..., :1], first.peak)
     finally:
         torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -160,15 +161,30 @@ def picked(whole: DenseMap, at: Tensor) -> Tensor:
 
 
 class TestPeak(StatisticCase):
+    count = 1
+
     def build(self) -> s.Statistic:
-        return s.Peak()
+        return s.Peak(self.count)
 
     def dense(self, whole: DenseMap) -> Tensor:
         p = whole.p.nan_to_num(0.0)
-        weight = p.amax(-1, keepdim=True)
-        near = (p >= weight * (1 - 1e-6)).long().argmax(-1)  # float32 cannot tell them apart
-        both = torch.stack([weight[..., 0], near.double()], -1)
-        return present(both, whole.real[..., None])
+        found = []
+        for _ in range(self.count):
+            weight = p.amax(-1, keepdim=True)
+            near = (p >= weight * (1 - 1e-6)).long().argmax(-1)  # float32 cannot tell them apart
+            found += [weight[..., 0], torch.where(weight[..., 0] > 0, near.double(), torch.nan)]
+            p = p.scatter(-1, near[..., None], 0.0)
+        return present(torch.stack(found, -1), whole.real[..., None])
+
+
+class TestPeakOfThree(TestPeak):
+    count = 3
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True])
+def test_a_peak_has_one_key_or_more(count: object) -> None:
+    with pytest.raises(ab.AttnbiasError, match=r"Peak\(count\) must be a whole number from 1"):
+        s.Peak(count)  # type: ignore[arg-type]
 
 
 def test_each_row_of_a_batch_has_targets_of_its_own() -> None:
