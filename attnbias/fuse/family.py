@@ -146,7 +146,7 @@ class Family(ABC):
         **kwargs: Any,
     ) -> Tensor | None:
         """Output ``(batch, queries, heads, dim)`` of a call of the interface; None: stock code."""
-        if any(kwargs.get(name) is not None for name in _OPAQUE):
+        if opaque(kwargs):
             return None
         if not self.takes(Size.of(query, key)):
             return None
@@ -160,6 +160,11 @@ class Family(ABC):
         return compute(
             query, key, value, add(*terms) if terms else None, scale=scaling, dropout=dropout
         )
+
+
+def opaque(kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for what the fused route does not know."""
+    return any(kwargs.get(name) is not None for name in _OPAQUE)
 
 
 def compute(

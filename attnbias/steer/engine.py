@@ -6,7 +6,7 @@ order given (an outer context first), each seeing the shares after the one befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnbias.bias import Bias
 from attnbias.errors import AttnbiasError, Refused
+from attnbias.hub.shifted import shifted
 from attnbias.steer import extra
 from attnbias.steer.edit import EVERY, Active, Edit, Edited, Memory
 from attnbias.steer.groups import Groups
@@ -46,6 +47,10 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
     Rows that no rule changes (heads, batch rows, query rows that see no chosen key, padding) are
     the plain output, bit for bit; where no row is changed the output is None.
     """
+    alike = _alike(call, active)
+    again = None if alike is None else _again(call, alike)
+    if again is not None:
+        return again
     edit = Edit(call)
     for item in active:
         if item.uses("vectors"):
@@ -57,6 +62,8 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
     short = shift(edit) if _SKIP and not moves else None
     if short is not None:
         some, output = short
+        if alike is not None and call.shared is not None:
+            call.shared[alike] = edit.biases if some else None
     else:
         some, output = _long(edit, active, moves)
     for item in active:
@@ -75,6 +82,29 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
                 item.memory.looked[call.site] = found
     watched = any(one.role == "see" for one in call.session.participants)
     return Edited(output, edit.total if some and watched else None, *edit.seen())
+
+
+def _alike(call: Call, active: Sequence[Active]) -> Hashable | None:
+    """What names the biases of a decoded token where they are the same in every layer."""
+    if call.query.shape[2] > 1 or not _SKIP or call.shared is None:
+        return None
+    if not all(item.rule.layers_alike and not item.looks_only for item in active):
+        return None
+    if any(one.role == "see" for one in call.session.participants):
+        return None
+    rules = tuple((id(item.memory), item.heads) for item in active)
+    return ("alike", call.site.tower, call.site.kind, call.query.shape, call.key.shape, rules)
+
+
+def _again(call: Call, alike: Hashable) -> Edited | None:
+    """What became of the same token in a layer before, on this layer's vectors."""
+    if call.shared is None or alike not in call.shared:
+        return None
+    bias = call.shared[alike]
+    if bias is None:
+        return Edited(None, None, call)
+    output = shifted(call, bias.weight)
+    return None if output is None else Edited(output, None, call)
 
 
 def _bias(edit: Edit, item: Active) -> None:

@@ -61,6 +61,9 @@ class Rule(ABC):
     # A row-local rule decides about a query from that query's own row of attention: decoding step
     # by step then equals one pass.
     row_local: ClassVar[bool] = True
+    # The rule is a `bias` per key that follows from positions, spans and heads alone: that of a
+    # decoded token is made once for all layers.
+    layers_alike: ClassVar[bool] = False
     # Where `hidden` edits: "layer", "mlp", "attention", "neurons"; and whether site.hidden is read.
     hidden_at: ClassVar[tuple[str, ...]] = ()
     reads_hidden: ClassVar[bool] = False

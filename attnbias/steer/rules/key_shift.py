@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -38,6 +39,7 @@ class KeyShift(Rule):
     on any keys and in either direction.
     """
 
+    layers_alike: ClassVar[bool] = True
     keys: Keys
     amount: float | None = None
     factor: float | None = None

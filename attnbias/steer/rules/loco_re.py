@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -42,6 +43,7 @@ class LocoRE(Rule):
     rows are normalised again, as a public port for Qwen2.5-VL does.
     """
 
+    layers_alike: ClassVar[bool] = True
     beta: float = 0.15
     window: int = 5
     written: Keys = ("generated",)

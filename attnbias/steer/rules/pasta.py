@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -53,6 +53,7 @@ class PASTA(Rule):
     kept under ``sections="summed"``. The profile of heads is not part of the rule.
     """
 
+    layers_alike: ClassVar[bool] = True
     keys: Keys
     alpha: float = 0.01
     side: Literal["exclude", "include"] = "exclude"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -72,6 +72,7 @@ class ZeroTuning(Rule):
     answers to g < 1.
     """
 
+    layers_alike: ClassVar[bool] = True
     factor: float | None = None
     fitted: Fitted | None = None
 
