@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from attnbias.lowering import plain
+from attnbias.lowering import flash_gpu, plain
 
 # Rows of the plain fallback's tiles: small enough that a tile of 8 heads and 4,096 keys is 32 MB.
 _FALLBACK_ROWS = 256
@@ -65,6 +65,8 @@ def call(
             query, key, value, 0.0, causal, attn_mask=_fitting(mask, query), scale=scale
         )
         return out, lse.contiguous()
+    if flash_gpu.takes(query):
+        return flash_gpu.call(query, key, value, _fitting(mask, query), causal, scale)
     outs, lses = [], []
     for rows, tile in _fallback_tiles(query, key, mask, causal):
         out, lse = plain.forward(query[:, :, rows], key, value, tile, scale)
@@ -102,6 +104,9 @@ def call_backward(
             scale=scale,
         )
         return grads
+    if flash_gpu.takes(query):
+        masked = _fitting(mask, query)
+        return flash_gpu.call_backward(grad, query, key, value, out, lse, masked, causal, scale)
     kind = plain.working(query.dtype)
     delta = (grad.to(kind) * out.to(kind)).sum(-1)
     grad_key = torch.zeros(key.shape, dtype=kind, device=key.device)
