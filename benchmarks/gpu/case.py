@@ -148,7 +148,9 @@ class Case:
     def _some(self, count: int, wanted: int) -> Tensor:
         ends = torch.tensor([0, count - 1], device=self.device)
         more = self.integers(f"picked of {count}", count, max(wanted - 2, 0))
-        return torch.unique(torch.cat([ends, more]))
+        every: Any = torch.cat([ends, more])
+        found: Tensor = every.unique()
+        return found
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def exponentials(out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def exponentials(out: Any, COUNT: tl.constexpr, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = (at % 1024).to(tl.float32) * 1e-3
     for _ in range(COUNT):
@@ -15,8 +17,8 @@ def exponentials(out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + at, x)
 
 
-@triton.jit
-def products(out, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def products(out: Any, COUNT: tl.constexpr, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = (at % 1024).to(tl.float32) * 1e-3
     for _ in range(COUNT):

@@ -177,7 +177,8 @@ def _regions(case: Case) -> Tensor:
     line = (at >= whole - side).long() + (at >= whole - shift).long()
     ids = (3 * line[:, None] + line).view(whole // side, side, whole // side, side)
     images = case.batch // (whole // side) ** 2
-    return ids.transpose(1, 2).reshape(-1, side * side).repeat(images, 1)
+    found: Tensor = ids.transpose(1, 2).reshape(-1, side * side).repeat(images, 1)
+    return found
 
 
 def _window_make(case: Case, given: Parameters) -> ab.Bias:
@@ -189,11 +190,9 @@ def _window_make(case: Case, given: Parameters) -> ab.Bias:
 def _window_rows(case: Case, given: Parameters, picked: Picked) -> Tensor:
     side = case.more["window"]
     keys = torch.arange(case.m, device=case.device)
-    down, across = (
-        part(keys) - part(picked.rows)[:, None] + side - 1
-        for part in (lambda x: x // side, lambda x: x % side)
-    )
-    entries = given["table"][:, down, across][None]
+    rows = picked.rows[:, None]
+    down, across = keys // side - rows // side, keys % side - rows % side
+    entries = given["table"][:, down + side - 1, across + side - 1][None]
     if "ids" not in given:
         return entries
     ids = given["ids"][picked.batches]

@@ -44,7 +44,7 @@ def case(length: int, dtype: str, causal: bool, device: Device) -> Case:
 
 def _tiny(causal: bool, device: Device) -> Case:
     label = "causal" if causal else ""
-    return Case(SCRIPT, T5, device.name, 1, 2, 35, 16, causal=causal, label=label)
+    return Case(SCRIPT, T5, device.name, 1, 1, 35, 16, causal=causal, label=label)
 
 
 def groups(rehearse: bool = False) -> list[Group]:

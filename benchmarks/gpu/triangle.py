@@ -35,7 +35,7 @@ def case(length: int, device: Device) -> Case:
 
 def groups(rehearse: bool = False) -> list[Group]:
     if rehearse:
-        return [of_case(lambda d: Case(SCRIPT, PAIR, d.name, 3, 2, 20, 16))]
+        return [of_case(lambda d: Case(SCRIPT, PAIR, d.name, 2, 1, 20, 16))]
     return [of_case(partial(case, n), 1 if n in (512, 1024) else 2) for n in LENGTHS]
 
 

@@ -1,27 +1,25 @@
-"""The GPU suite without a GPU: structures written out twice, truths, counts, goals, the run."""
+"""The GPU suite without a GPU: structures written out twice, truths, counts, goals."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import bsa, bsa_whole, group, report, seen, truth, work
 from benchmarks.gpu.case import Case, counts, floors
 from benchmarks.gpu.ceilings import measure as ceilings
-from benchmarks.gpu.device import Device, turns
-from benchmarks.gpu.group import Context, Goal, Group, verdicts
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.group import Goal, verdicts
 from benchmarks.gpu.kinds import ALIBI, KEY, PAIR, PENGUIN, SWIN, T5, low_rank
 from benchmarks.gpu.lines import LINES, NotAvailable, TooLarge, failure, fatal
 from benchmarks.gpu.measure import measure
 from benchmarks.gpu.radial_kinds import FIELD, SCAN, SOLVER
+from tests.benchmarks.gpu_results import result
 
 CPU = Device("cpu")
 WINDOWS = {"window": 3, "grid": 6, "shift": 1}
@@ -188,41 +186,7 @@ def test_what_cannot_be_measured_says_why() -> None:
     assert not fatal(ValueError("odd"))
 
 
-def test_lines_take_turns_and_one_that_fails_leaves() -> None:
-    order: list[str] = []
-    failed: list[str] = []
-
-    def odd(given: Any) -> None:
-        raise ValueError("odd")
-
-    def call(name: str) -> Callable[[Any], None]:
-        return lambda given: order.append(f"{name}{given}")
-
-    lines: dict[str, Any] = {
-        "one": (lambda: 1, call("one")),
-        "bad": (None, odd),
-        "two": (None, call("two")),
-    }
-    found = turns(CPU, lines, budget=0.0, on_error=lambda name, error: failed.append(name))
-    assert failed == ["bad"]
-    assert set(found) == {"one", "two"}
-    assert order == ["one1", "twoNone"]
-
-
 # Goals -------------------------------------------------------------------------------------------
-
-
-def cell(ratio: float, **more: Any) -> dict[str, Any]:
-    error = {"output": 1e-3, "key": 1e-3}
-    same = {"output": True, "key": True}
-    times = {"median_s": 0.001 * ratio}
-    made = {"status": "ok", "error": error, "repeats": same, "forward": times, "backward": times}
-    return {**made, "ratio": dict.fromkeys(("forward", "backward", "both"), ratio), **more}
-
-
-def result(case: Case, ratio: float, **more: Any) -> dict[str, Any]:
-    lines = {"flash": cell(1.0, memory_both=10), "ours": cell(ratio, memory_both=10, **more)}
-    return {"status": "ok", "case": case.describe(), "lines": lines, "floors": {}}
 
 
 def test_goals_are_met_or_not() -> None:
@@ -310,117 +274,6 @@ def test_the_statistics_are_what_they_say() -> None:
     assert torch.allclose(found["entropy"], torch.special.entr(weight).sum(-1), atol=1e-5)
     shares = torch.stack([weight[..., ids == part].sum(-1) for part in range(seen.PARTS)], -1)
     assert torch.allclose(found["shares"], shares, atol=1e-5)
-
-
-# The run -----------------------------------------------------------------------------------------
-
-
-def fake(key: str, seconds: float = 0.0) -> Group:
-    def run(context: Context) -> dict[str, Any]:
-        for line in ("flash", "ours"):
-            context.say(line)
-        case = Case(key.split("/")[0], KEY, "cpu", 8, 8, 1024, 64)
-        return {**result(case, 1.0), "skipped": list(context.skip)}
-
-    script, _, name = key.partition("/")
-    return Group(script, name, run, size=seconds)
-
-
-KEYS = ("t5/one", "t5/two", "solver/one")
-
-
-@pytest.fixture
-def suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three groups that measure nothing, on a card that is not there."""
-    made = {key: fake(key) for key in KEYS}
-    monkeypatch.setattr(work, "all_groups", lambda rehearse, names=(): made)
-    card = {"name": "NVIDIA H200", "versions": {"torch": "2"}}
-    monkeypatch.setattr(Device, "describe", lambda self: card)
-    monkeypatch.setattr("benchmarks.gpu.device.open_device", lambda rehearse: CPU)
-
-
-def words_of(
-    asked: Mapping[str, Any], dies: Mapping[str, Sequence[str]]
-) -> Iterator[dict[str, Any]]:
-    """What a process would say that dies in a line of some groups."""
-    told: list[dict[str, Any]] = []
-    groups = work.all_groups(False)
-    yield {"ceilings": {"bfloat16": 1e15}}
-    for key in asked["keys"]:
-        skips, until = asked["skips"], asked["until"]
-        bad = [line for line in dies.get(key, ()) if line not in skips.get(key, ())]
-        if bad:
-            yield {"at": bad[0], "of": key}
-            yield {"code": -9}
-            return
-        work.measure_all(
-            [groups[key]], CPU, lambda said: told.append(dict(said)),
-            budget=0.0, until=until, ceilings={}, skips=skips,
-        )  # fmt: skip
-        yield from told
-        told.clear()
-    yield {"code": 0}
-
-
-def test_a_run_goes_on_where_it_stopped(
-    suite: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asks: list[list[str]] = []
-
-    def words(asked: Mapping[str, Any], *_: float) -> Iterator[dict[str, Any]]:
-        asks.append(list(asked["keys"]))
-        return words_of(asked, {"t5/two": ["FlexAttention"]})
-
-    monkeypatch.setattr(command, "words", words)
-    out = tmp_path / "card.json"
-    assert command.main(["--out", str(out)]) == 0
-    # The process that died began again with what was left, and the group came last.
-    assert asks == [list(KEYS), ["solver/one", "t5/two"]]
-    found = json.loads(out.read_text())
-    assert set(found["groups"]) == set(KEYS)
-    assert found["groups"]["t5/two"]["skipped"] == ["FlexAttention"]
-    assert found["ceilings"] == {"bfloat16": 1e15}
-    assert found["complete"]
-    text = out.with_suffix(".md").read_text()
-    assert "# GPU benchmarks on NVIDIA H200" in text
-    assert "| t5: relative with its table's gradient, both passes |" in text
-    asks.clear()
-    assert command.main(["--out", str(out)]) == 0
-    assert asks == []
-    assert command.main(["--out", str(out), "--fresh"]) == 0
-    assert asks[0] == list(KEYS)
-
-
-def test_a_group_that_always_kills_its_process_is_given_up(
-    suite: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    def words(asked: Mapping[str, Any], *_: float) -> Iterator[dict[str, Any]]:
-        return words_of(asked, {"t5/one": ["one", "two", "three"]})
-
-    monkeypatch.setattr(command, "words", words)
-    out = tmp_path / "card.json"
-    assert command.main(["--out", str(out), "--match", "t5"]) == 1
-    found = json.loads(out.read_text())["groups"]
-    assert found["t5/two"]["status"] == "ok"
-    assert found["t5/one"]["reason"] == "the process died in one, two, three"
-    assert "the process ended with code -9 in one" in capsys.readouterr().err
-
-
-def test_no_group_is_begun_that_would_end_too_late(suite: None) -> None:
-    told: list[Mapping[str, Any]] = []
-    todo = list(work.all_groups(False).values())
-    assert work.measure_all(todo, CPU, told.append, budget=0.0, until=0.0, ceilings={}) == 3
-    assert told == []
-
-
-def test_results_of_a_rehearsal_are_written_nowhere(
-    suite: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(command, "FOLDER", tmp_path)
-    monkeypatch.setattr("benchmarks.gpu.ceilings.measure", lambda device: {"copy": 1.0})
-    assert command.main(["--rehearse"]) == 0
-    assert list(tmp_path.iterdir()) == []
-    assert command.main(["--rehearse", "--only", "nothing"]) == 2
 
 
 def test_the_report_says_what_falls_short() -> None:
