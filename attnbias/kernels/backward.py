@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from attnbias.kernels.places import seen_tile
+from attnbias.kernels.products import add_dot, dot
 from attnbias.kernels.terms import add_terms
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -103,9 +104,9 @@ def row_values(lse, delta, b, h, heads, i, im, n):
 @triton.jit
 def product(x, x_more, y, y_more, MORE: tl.constexpr, PRECISION: tl.constexpr):
     """``x y^T`` of rows that lie in two parts."""
-    s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    s = dot(x, tl.trans(y), PRECISION)
     if MORE > 0:
-        s = tl.dot(x_more, tl.trans(y_more), acc=s, input_precision=PRECISION)
+        s = add_dot(s, x_more, tl.trans(y_more), PRECISION)
     return s
 
 

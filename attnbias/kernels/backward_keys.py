@@ -13,6 +13,7 @@ from attnbias.kernels.backward import product, row_values, weights
 from attnbias.kernels.forward import edges, part, store
 from attnbias.kernels.pattern import kept_tile
 from attnbias.kernels.points_gradients import add_cols, start_cols, store_cols
+from attnbias.kernels.products import add_dot, dot
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def keys_sweep(
             s = s * scale
         if RANK > 0:
             left = part(lefts + from_row * left_step, left_step, r, im, RANK, 0, RANK, MASKED)
-            s += tl.dot(right, tl.trans(left), input_precision=PRECISION)
+            s += dot(right, tl.trans(left), PRECISION)
         p = weights(
             tl.trans(s), unit, logs, terms, places, b, h, i, j, im, jm, n,
             KINDS, BAND, RANGES, MASKED,
@@ -69,9 +70,9 @@ def keys_sweep(
             if DROPS:
                 stays = tl.where(kept, p * drop.factor, 0.0)
             stays = tl.trans(stays).to(do.dtype)
-            dv = tl.dot(stays, do, acc=dv, input_precision=PRECISION)
+            dv = add_dot(dv, stays, do, PRECISION)
             if WIDTH_MORE > 0:
-                dv_more = tl.dot(stays, do_more, acc=dv_more, input_precision=PRECISION)
+                dv_more = add_dot(dv_more, stays, do_more, PRECISION)
         if KEY or ROW or FACTORS > 0 or POINTS is not None:
             dp = tl.trans(product(v, v_more, do, do_more, WIDTH_MORE, PRECISION))
             if DROPS:
@@ -82,15 +83,15 @@ def keys_sweep(
             ds = tl.trans(ds)
             if KEY:
                 steps = ds.to(q.dtype)
-                dk = tl.dot(steps, q, acc=dk, input_precision=PRECISION)
+                dk = add_dot(dk, steps, q, PRECISION)
                 if SIZE_MORE > 0:
-                    dk_more = tl.dot(steps, q_more, acc=dk_more, input_precision=PRECISION)
+                    dk_more = add_dot(dk_more, steps, q_more, PRECISION)
             if ROW:
                 row += tl.sum(ds, 1)
             if FACTORS > 0:
                 tile = factors + from_row * factor_step
                 factor = part(tile, factor_step, r, im, FACTORS, 0, FACTORS, MASKED)
-                right_sums = tl.dot(ds, factor, acc=right_sums, input_precision=FINE)
+                right_sums = add_dot(right_sums, ds, factor, FINE)
     return dk, dk_more, dv, dv_more, row, right_sums, points
 
 

@@ -46,7 +46,7 @@ class Found:
 
     query, key, value: like the tensors. In float32: row ``(batch, heads, keys)``, the sums of the
     columns of the gradient of the scores; left ``(batch, heads, queries, rank)`` and right
-    ``(batch, heads, keys, rank)``, of the factors; line ``(batch | 1, heads | 1, queries + keys - 1)``.
+    ``(batch, heads, keys, rank)``, of the factors; line ``(batch | 1, heads | 1, entries)``.
     """
 
     query: Tensor | None = None

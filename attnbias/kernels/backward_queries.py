@@ -10,6 +10,7 @@ from attnbias.kernels.forward import edges, part, store
 from attnbias.kernels.pattern import kept_tile
 from attnbias.kernels.places import span, whole_span
 from attnbias.kernels.points_gradients import add_rows, start_rows, store_rows
+from attnbias.kernels.products import add_dot, dot
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def queries_sweep(
             s = s * scale
         if RANK > 0:
             right = part(rights + from_key * right_step, right_step, c, jm, RANK, 0, RANK, MASKED)
-            s += tl.dot(left, tl.trans(right), input_precision=PRECISION)
+            s += dot(left, tl.trans(right), PRECISION)
         p = weights(
             s, unit, logs, terms, places, b, h, i, j, im, jm, n, KINDS, BAND, RANGES, MASKED
         )
@@ -64,13 +65,13 @@ def queries_sweep(
         ds = p * (dp - less[:, None])
         if QUERY:
             steps = ds.to(k.dtype)
-            dq = tl.dot(steps, k, acc=dq, input_precision=PRECISION)
+            dq = add_dot(dq, steps, k, PRECISION)
             if SIZE_MORE > 0:
-                dq_more = tl.dot(steps, k_more, acc=dq_more, input_precision=PRECISION)
+                dq_more = add_dot(dq_more, steps, k_more, PRECISION)
         if FACTORS > 0:
             tile = factors + from_key * factor_step
             factor = part(tile, factor_step, c, jm, FACTORS, 0, FACTORS, MASKED)
-            left_sums = tl.dot(ds, factor, acc=left_sums, input_precision=FINE)
+            left_sums = add_dot(left_sums, ds, factor, FINE)
         if POINTS is not None:
             points = add_rows(points, ds, terms, KINDS, POINTS, b, h, i, j, im, jm)
         if LINE:

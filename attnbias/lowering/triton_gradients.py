@@ -64,9 +64,9 @@ def gradients(
     """Gradients to query, key, value and the parameters of the bias; None where not `wanted`."""
     query, key, value = problem.query, problem.key, problem.value
     if problem.empty:
-        given = [query, key, value, *parameters]
+        every = [query, key, value, *parameters]
         asked = [*wanted, *wanted_parameters]
-        return [torch.zeros_like(t) if w else None for t, w in zip(given, asked, strict=True)]
+        return [torch.zeros_like(t) if w else None for t, w in zip(every, asked, strict=True)]
     if value.shape[-1] == 0:
         # There is a log-sum-exp without values, too: of one feature of zeros.
         feature = value.new_zeros(*value.shape[:3], 1)
@@ -84,7 +84,13 @@ def gradients(
         problem, None if total.bias is None else total.bias.detach(), parts=True
     )
     work = Work.of(query, key, value, out, lse, grad, grad_lse, problem.scale, given)
-    want = Wanted(*wanted, row=bool(learned.rows), line=_tables(terms, learned.tables))
+    want = Wanted(
+        wanted[0],
+        wanted[1],
+        wanted[2],
+        row=bool(learned.rows),
+        line=_tables(terms, learned.tables),
+    )
     if learned.factors:
         want = dataclasses.replace(want, factors=_factors(terms, learned.factors, query.device))
     numbers: list[int] = []
