@@ -21,7 +21,7 @@ from attnbias.kernels.backward import row_values
 from attnbias.kernels.forward import part
 from attnbias.kernels.pattern import kept_tile
 from attnbias.kernels.places import seen_tile, span
-from attnbias.kernels.products import dot
+from attnbias.kernels.products import add_dot, dot
 from attnbias.kernels.terms import add_terms
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,13 +29,37 @@ PROGRAMS = 512  # tiles of few entries are shared by so many programs, about, an
 
 
 @triton.jit
-def load_part(
-    tensor, steps, b, h, at, there,
-    size: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr,
+def product(
+    x, x_steps, x_head, i, im, y, y_steps, y_head, j, jm, b,
+    size: tl.constexpr, ONE: tl.constexpr, MORE: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """``tensor[b, h, at, FROM : FROM + COUNT]``, zeros beyond `size` and where not `there`."""
-    rows = tensor + b * steps[0] + h * steps[1]
-    return part(rows, steps[2], at.to(tl.int64), there, size, FROM, COUNT, True)
+    """``x[b, x_head, i] . y[b, y_head, j]`` of `size` features: ONE and MORE (or 0) hold them, or
+    CHUNK at a time.
+    """
+    x = x + b * x_steps[0] + x_head * x_steps[1]
+    y = y + b * y_steps[0] + y_head * y_steps[1]
+    i = i.to(tl.int64)
+    j = j.to(tl.int64)
+    if CHUNK > 0:
+        s = tl.zeros((ROWS, COLS), tl.float32)
+        d = tl.arange(0, CHUNK)
+        for first in range(0, size, CHUNK):
+            there = (first + d < size)[None, :]
+            one = x + i[:, None] * x_steps[2] + (first + d)[None, :]
+            two = y + j[:, None] * y_steps[2] + (first + d)[None, :]
+            one = tl.load(one, mask=im[:, None] & there, other=0.0)
+            two = tl.load(two, mask=jm[:, None] & there, other=0.0)
+            s = add_dot(s, one, tl.trans(two), PRECISION)
+    else:
+        one = part(x, x_steps[2], i, im, size, 0, ONE, True)
+        two = part(y, y_steps[2], j, jm, size, 0, ONE, True)
+        s = dot(one, tl.trans(two), PRECISION)
+        if MORE > 0:
+            one = part(x, x_steps[2], i, im, size, ONE, MORE, True)
+            two = part(y, y_steps[2], j, jm, size, ONE, MORE, True)
+            s = add_dot(s, one, tl.trans(two), PRECISION)
+    return s
 
 
 @triton.jit
@@ -48,7 +72,8 @@ def entries(
     columns, shared, terms, places, drop,
     size: tl.constexpr, width: tl.constexpr, SHARED: tl.constexpr, KINDS: tl.constexpr,
     RANK: tl.constexpr, BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr,
-    PRECISION: tl.constexpr, DOWN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    PRECISION: tl.constexpr, CHUNK: tl.constexpr, DOWN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of the gradient of one batch element and head of the bias, or a part of
@@ -63,7 +88,7 @@ def entries(
     wide = tl.cdiv(end_col - first_col, COLS)
     tall = 1 if DOWN else end_block - first_block
     at = tl.program_id(0)
-    part = at % parts
+    share_of = at % parts
     at = at // parts
     start = first_col + at % wide * COLS
     at = at // wide
@@ -73,19 +98,20 @@ def entries(
     own_h = unit % out_heads
     j = start + tl.arange(0, COLS)
     jm = j < end_col
-    sums = tl.zeros((ROWS, COLS), tl.float32)
+    sums = tl.zeros((COLS,) if DOWN else (ROWS, COLS), tl.float32)
     for top in range(block, end_block if DOWN else block + 1):
         i = top * ROWS + tl.arange(0, ROWS)
         im = i < n
         b = (first_batch + own_b).to(tl.int64)
         h = (first_head + own_h).to(tl.int64)
-        base = tl.zeros((ROWS, COLS), tl.float32)
-        base = add_terms(base, shared, SHARED, b, h, i, j, im, jm, n)
+        if len(SHARED) > 0:
+            base = tl.zeros((ROWS, COLS), tl.float32)
+            base = add_terms(base, shared, SHARED, b, h, i, j, im, jm, n)
         members = summed_batch * summed_heads
         if not RANGES:
             first, last = span(places, b, top, i, im, n, m, BAND, RANGES, ROWS)
             members = tl.where((start < last) & (start + COLS > first), members, 0)
-        for member in range(part, members, parts):
+        for member in range(share_of, members, parts):
             b = (first_batch + own_b + member // summed_heads).to(tl.int64)
             h = (first_head + own_h + member % summed_heads).to(tl.int64)
             some = True
@@ -93,46 +119,37 @@ def entries(
                 first, last = span(places, b, top, i, im, n, m, BAND, RANGES, ROWS)
                 some = (start < last) & (start + COLS > first)
             if some:
-                q = load_part(query, query_steps, b, h, i, im, size, 0, SIZE)
-                k = load_part(key, key_steps, b, h // share, j, jm, size, 0, SIZE)
-                s = dot(q, tl.trans(k), PRECISION)
-                if SIZE_MORE > 0:
-                    q = load_part(query, query_steps, b, h, i, im, size, SIZE, SIZE_MORE)
-                    k = load_part(key, key_steps, b, h // share, j, jm, size, SIZE, SIZE_MORE)
-                    s += dot(q, tl.trans(k), PRECISION)
+                s = product(
+                    query, query_steps, h, i, im, key, key_steps, h // share, j, jm, b,
+                    size, SIZE, SIZE_MORE, CHUNK, PRECISION, ROWS, COLS,
+                )  # fmt: skip
                 s *= scale
                 if RANK > 0:
-                    left = load_part(
+                    s += product(
                         columns.left,
-                        (columns.left_batch, columns.left_head, columns.left_row),
-                        b, h, i, im, RANK, 0, RANK,
-                    )  # fmt: skip
-                    right = load_part(
+                        (columns.left_batch, columns.left_head, columns.left_row), h, i, im,
                         columns.right,
-                        (columns.right_batch, columns.right_head, columns.right_row),
-                        b, h, j, jm, RANK, 0, RANK,
+                        (columns.right_batch, columns.right_head, columns.right_row), h, j, jm, b,
+                        RANK, RANK, 0, CHUNK, PRECISION, ROWS, COLS,
                     )  # fmt: skip
-                    s += dot(left, tl.trans(right), PRECISION)
-                s = add_terms(s + base, terms, KINDS, b, h, i, j, im, jm, n)
+                if len(SHARED) > 0:
+                    s += base
+                s = add_terms(s, terms, KINDS, b, h, i, j, im, jm, n)
                 logs, less = row_values(lse, delta, b, h, heads, i, im, n)
                 seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
                 p = tl.exp2(tl.where(seen, s * LOG2E - logs[:, None], float("-inf")))
-                do = load_part(grad, grad_steps, b, h, i, im, width, 0, WIDTH)
-                v = load_part(value, value_steps, b, h // share, j, jm, width, 0, WIDTH)
-                dp = dot(do, tl.trans(v), PRECISION)
-                if WIDTH_MORE > 0:
-                    do = load_part(grad, grad_steps, b, h, i, im, width, WIDTH, WIDTH_MORE)
-                    v = load_part(
-                        value, value_steps, b, h // share, j, jm, width, WIDTH, WIDTH_MORE
-                    )
-                    dp += dot(do, tl.trans(v), PRECISION)
+                dp = product(
+                    grad, grad_steps, h, i, im, value, value_steps, h // share, j, jm, b,
+                    width, WIDTH, WIDTH_MORE, CHUNK, PRECISION, ROWS, COLS,
+                )  # fmt: skip
                 if DROPS:
                     dp = tl.where(kept_tile(drop, b, h, i, j), dp * drop.factor, 0.0)
-                sums += p * (dp - less[:, None])
-    to = out + part.to(tl.int64) * out_steps[0]
+                ds = p * (dp - less[:, None])
+                sums += tl.sum(ds, 0) if DOWN else ds
+    to = out + share_of.to(tl.int64) * out_steps[0]
     to += own_b.to(tl.int64) * out_steps[1] + own_h.to(tl.int64) * out_steps[2]
     if DOWN:
-        tl.store(to + (j - first_col), tl.sum(sums, 0), mask=jm)
+        tl.store(to + (j - first_col), sums, mask=jm)
     else:
         i = block * ROWS + tl.arange(0, ROWS)
         row = (i - first_block * ROWS).to(tl.int64)
@@ -146,11 +163,32 @@ def config(dtype: torch.dtype, size: int, width: int) -> configs.Config:
     """Tile sizes of `entries`: four tiles of float32 are alive at a time."""
     if kernels.interpreted():
         return configs.Config(32, 32, 4, 1, "ieee")
-    wide = max(sum(configs.halves(size)), sum(configs.halves(width)))
+    how = configs.precision(dtype)
     if dtype == torch.float32:
-        return configs.Config(32, 32, 4, 1, configs.precision(dtype))
-    rows = 64 if wide <= 128 else 32
-    return configs.Config(rows, 64, 4, 2 if wide <= 128 else 1, configs.precision(dtype))
+        return configs.Config(32, 32, 4, 2, how)
+    if _large():
+        return configs.Config(64, 64, 8, 2, how)
+    wide = max(size, width)
+    if wide <= 64:
+        return configs.Config(32, 64, 8, 2, how)
+    stages = 1 if wide > 128 and configs.card()[0] == "hip" else 2
+    return configs.Config(64, 32, 8, stages, how)
+
+
+def chunk(dtype: torch.dtype, size: int, width: int) -> int:
+    """Features that are multiplied at a time; 0: all of a head."""
+    wide = max(size, width)
+    if dtype == torch.float32:
+        return 32 if wide <= 64 else 16
+    if kernels.interpreted() or _large():
+        return 64 if wide > 128 else 0
+    return 32 if wide > 64 else 0
+
+
+def _large() -> bool:
+    """Whether operands of products may lie in shared memory: Hopper's and newer ones."""
+    backend, number = configs.card()
+    return backend == "cuda" and number >= 90
 
 
 def block_rows(work: backward_launch.Work) -> int:
@@ -224,6 +262,7 @@ def strip(
         RANGES=given.ranges,
         DROPS=given.drop is not None,
         PRECISION=chosen.precision,
+        CHUNK=chunk(work.query.dtype, size, width),
         DOWN=together[2],
         ROWS=chosen.rows,
         COLS=chosen.cols,
