@@ -45,7 +45,7 @@ def cases(count: int = COUNT) -> list[Case]:
     source = random.Random(SEED)
     loose = [name for name in STRUCTURES if name not in (*ON_A_GRID, "shaw")]
     formats = ("float32",) * 6 + ("bfloat16",) * 2 + ("float16",)
-    known = {dataclasses.replace(case, seed=0) for case in calibration.cases("cpu")}
+    known = {dataclasses.replace(case, seed=0) for case in calibration.cases()}
     found: list[Case] = []
     while len(found) < count:
         way = source.random()

@@ -125,21 +125,20 @@ def calibrate(args: argparse.Namespace) -> int:
     kept = out.with_suffix(".jsonl")
     kind = costs.device_kind(device)
     others = [one for one in calibration.tables(out) if one["device"] != kind]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    before = calibration.measured(kept, kind)
-    if args.fresh and before:
-        lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept.write_text("".join(x for x in lines if f'"{kind}"' not in x), encoding="utf-8")
-        before = []
-    done = {json.dumps(record["case"]) for record in before}
-    whole = calibration.cases(device.type)
+    before = calibration.measured(kept)
+    if args.fresh:
+        before = [record for record in before if record["device"] != kind]
+    # Whole lines only: an interrupted run may have left half of one.
+    calibration.replace(kept, "".join(json.dumps(record) + "\n" for record in before))
+    done = {json.dumps(record["case"]) for record in before if record["device"] == kind}
+    whole = calibration.cases()
     todo = [case for case in whole if json.dumps(_plain(case)) not in done]
     with kept.open("a", encoding="utf-8") as file, _progress(len(todo)) as advance:
         for record in calibration.measure(todo, device, args.minutes):
             file.write(json.dumps(record) + "\n")
             file.flush()
             advance(", ".join(record["case"]["structures"]) or "no bias")
-    records = calibration.measured(kept, kind)
+    records = [one for one in calibration.measured(kept) if one["device"] == kind]
     if not records:
         raise AttnbiasError("nothing was measured: give the calibration more --minutes")
     table = calibration.table(device, records)

@@ -34,15 +34,20 @@ if TYPE_CHECKING:
     from attnbias.lowering import Problem
 
 SEED = 1107
-ROUNDS = (3, 9)  # of every line, at least and at most
+SETS = 3  # of problems: each structure, direction and format once a set, at other sizes
+ROUNDS = (3, 15)  # of every line, at least and at most
 FAR = 4.0  # a line so much slower than the fastest is not run again
 Clock = Callable[[], float]
 Record = dict[str, Any]
 
 
-def cases(device: str) -> list[Case]:
-    """The problems that are measured, in an order that covers all kinds early."""
+def cases() -> list[Case]:
+    """The problems that are measured, set after set: stopped early, all kinds are covered."""
     source = random.Random(SEED)
+    return [case for _ in range(SETS) for case in _set(source)]
+
+
+def _set(source: random.Random) -> list[Case]:
     formats = ("float32", "float32", "bfloat16", "float16")
     singles = [(name,) for name in STRUCTURES]
     found = []
@@ -247,18 +252,16 @@ def deviations(records: Sequence[Record], found: Mapping[str, float]) -> dict[st
 # The files ---------------------------------------------------------------------------------------
 
 
-def measured(path: Path, device: str) -> list[Record]:
-    """What was measured on a kind of device: one record a line, in the file beside a table."""
+def measured(path: Path) -> list[Record]:
+    """What was measured, on any device: one record a line, in the file beside a table."""
     if not path.exists():
         return []
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            found.append(json.loads(line))
         except ValueError:
             continue  # the line that an interrupted run was writing
-        if record["device"] == device:
-            found.append(record)
     return found
 
 
@@ -283,7 +286,8 @@ def table(device: torch.device, records: Sequence[Record]) -> dict[str, Any]:
     counted = [record | {"counts": counts_of(record)} for record in records]
     found = fit(counted)
     chip = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return {
         "device": device_kind(device),
@@ -328,14 +332,19 @@ def processor() -> str:
 
 
 def write(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
-    """The tables, whole or not at all: a new file beside the old one, then one rename."""
+    """The tables of a file."""
     from attnbias.lowering.costs import VERSION
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"version": VERSION, "tables": list(found)}, indent=1, allow_nan=False)
+    replace(path, text + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a new one beside it, then one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".costs-")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
+        file.write(text)
     os.chmod(name, 0o644)
     os.replace(name, path)
 

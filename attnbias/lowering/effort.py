@@ -158,7 +158,7 @@ class Effort:
         """The backward pass by tiles."""
         p, pairs = self.problem, self.seen(ROWS)
         blocks = max(math.ceil(p.queries / ROWS), self.units * pairs / ENTRIES)
-        self._loop("tiles", pairs, blocks)
+        self.loop("tiles", pairs, blocks)
         number = (self.units if blocks <= 1 else self.own) * pairs
         self.entries(self.terms, number)
         self.pulled(number)
@@ -169,7 +169,7 @@ class Effort:
             if self.way == "learned" and term.requires_grad:
                 self.add("pull", **{kind(term): number * term.entry_cost})
 
-    def _loop(self, name: str, pairs: float, blocks: float, wide: float = 0.0) -> None:
+    def loop(self, name: str, pairs: float, blocks: float, wide: float = 0.0) -> None:
         p, wide = self.problem, wide or float(self.size + self.value)
         scores = self.units * pairs
         rows, keys = self.units * p.queries * wide, p.batch * p.key.shape[1] * p.keys * wide
@@ -282,15 +282,19 @@ def _tiled(e: Effort) -> None:
 def _stream(e: Effort) -> None:
     pairs = e.seen(ROWS)
     blocks = max(math.ceil(e.problem.queries / ROWS), e.units * pairs / ENTRIES)
-    e._loop("stream", pairs, blocks)
+    e.loop("stream", pairs, blocks)
     # In a single tile the entries are added to all scores, else built once for what shares them.
     e.entries(e.terms, (e.units if blocks <= 1 else e.own) * pairs)
 
 
 def _own(e: Effort) -> None:
-    pairs = e.seen(STRIP)
-    plain = [t for t in e.terms if e.read(t)]
-    built = [t for t in e.terms if not e.read(t)]
+    _compiled(e, e.terms, e.seen(STRIP))
+
+
+def _compiled(e: Effort, terms: list[Bias], pairs: float) -> None:
+    """The loops of `own` on some terms."""
+    plain = [t for t in terms if e.read(t)]
+    built = [t for t in terms if not e.read(t)]
     wide = float(e.size + e.value + sum(t.u.shape[-1] for t in plain if isinstance(t, LowRank)))
     number, strips = 0.0, 0.0
     if built:
@@ -299,7 +303,7 @@ def _own(e: Effort) -> None:
         each = math.ceil(e.problem.queries / (8 * STRIP))
         strips = batch * max(each, number / batch / own_parts.ENTRIES)
     for name in ("own", "own backward")[: 1 if e.way == "forward" else 2]:
-        e._loop(name, pairs, strips, wide)
+        e.loop(name, pairs, strips, wide)
         e.add(name, panels=float(e.units * math.ceil(e.problem.queries / STRIP)))
         e.entries(built, number)
         for term in plain:
@@ -322,11 +326,14 @@ def _packed(e: Effort) -> None:
     pairs = packed.pairs(parts) / p.batch
     if p.normal.band:
         pairs = min(pairs, e.seen(STRIP))
-    rest = [t for t in e.terms if not isinstance(t, (Segments, Window))]
-    for name in ("packed", "packed backward")[: 1 if e.way == "forward" else 2]:
-        e._loop(name, pairs, float(len(parts)))
-        e.add(name, **{f"biased {e.way}": e.units * pairs * bool(rest)})
-        e.entries([t for t in rest if not own_parts.direct(t)], e.own * pairs)
+    rest = [t for t in e.terms if not isinstance(t, Segments)]
+    e.add("packed", call=1.0, parts=float(len(parts)))
+    if e.way != "forward":
+        e.add("packed backward", parts=float(len(parts)))
+    if rest or p.dropout:
+        _compiled(e, rest, pairs)
+    else:  # each is attention without a bias
+        e.operator(pairs, e.wide, masked=False, rows=p.queries * p.batch // max(len(parts), 1))
 
 
 def _windows(e: Effort) -> None:
@@ -372,6 +379,8 @@ def counts(name: str, problem: Problem) -> Counts:
     e = Effort.of(problem).again(direction(problem))
     e.by_tiles = e.way == "learned" or name in BY_TILES
     COUNTS[name](e)
+    if e.way != "forward":
+        e.add(name, **{f"call {e.way}": 1.0})
     if e.way != "forward" and e.by_tiles and name not in OWN_BACKWARD:
         e.tiles()
     return e.counts
