@@ -44,10 +44,10 @@ def halves(size: int) -> tuple[int, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of a format are made: float32 from three products of TF32 on NVIDIA's cards."""
-    if kernels.interpreted() or dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32x3"
+    """How float32 is multiplied, as operand or beside half formats: in three products of TF32 on
+    NVIDIA's cards.
+    """
+    return "ieee" if kernels.interpreted() or torch.version.hip is not None else "tf32x3"
 
 
 def card() -> tuple[str, int]:
@@ -59,16 +59,66 @@ def card() -> tuple[str, int]:
     return target.backend, int(digits or 0)
 
 
-def choose(kernel: str, dtype: torch.dtype, size: int, width: int, rank: int) -> Config:
-    """The configuration of a kernel ("forward", ...) for head sizes and columns of factors."""
+def choose(
+    kernel: str, dtype: torch.dtype, size: int, width: int, rank: int, tiles: int = 0
+) -> Config:
+    """The configuration of a kernel ("forward", ...) for head sizes and columns of factors.
+
+    tiles: how many terms have an entry for every pair of query and key, which take registers, and
+    shared memory where they are fetched ahead.
+    """
     if kernels.interpreted():
         return Config(32, 32, 4, 1, "ieee")
     wide = max(sum(halves(size)), sum(halves(width)))
-    how = precision(dtype)
-    if dtype == torch.float32:
-        return Config(64, 32, 4, 2, how)
+    backend, number = card()
+    full = dtype == torch.float32
+    if kernel == "decode":
+        rows, cols, warps, stages = _decode(wide, full, backend)
+    elif kernel != "forward":
+        rows, cols, warps, stages = _plain(wide, full, backend)
+    elif backend == "hip":
+        rows, cols, warps, stages = _amd(wide, full)
+    elif full:
+        rows, cols, warps, stages = _full(wide)
+    else:
+        rows, cols, warps, stages = _half(wide, number, rank > 0 or tiles > 0, tiles)
+    return Config(rows, cols, warps, stages, precision(dtype))
+
+
+Sizes = tuple[int, int, int, int]
+
+
+def _half(wide: int, number: int, more: bool, tiles: int) -> Sizes:
+    if number < 90:
+        if wide <= 64:
+            return 128, 64, 8 if tiles else 4, 2 if tiles else 3
+        return (128, 64, 8, 2) if wide <= 128 else (128, 32, 8, 2)
     if wide <= 64:
-        return Config(128, 64, 4, 3, how)
+        return 128, 128, 8, 2 if tiles else 3
     if wide <= 128:
-        return Config(128, 64, 8, 2, how)
-    return Config(64, 32, 8, 2, how)
+        return (128, 64, 8, 2) if more else (128, 128, 8, 3)
+    return 128, 32, 8, 2
+
+
+def _full(wide: int) -> Sizes:
+    if wide <= 64:
+        return 64, 32, 4, 2
+    return (32, 32, 4, 2) if wide <= 128 else (16, 32, 4, 1)
+
+
+def _amd(wide: int, full: bool) -> Sizes:
+    if full:
+        return 64 if wide <= 64 else 32, 32, 4, 1
+    return (128, 64, 4, 1) if wide <= 128 else (64, 32, 4, 1)
+
+
+def _plain(wide: int, full: bool, backend: str) -> Sizes:
+    stages = 1 if backend == "hip" else 2
+    if full:
+        return 32, 32, 4, stages
+    return 64, 64 if wide <= 128 else 32, 4, stages
+
+
+def _decode(wide: int, full: bool, backend: str) -> Sizes:
+    stages = 1 if backend == "hip" else 2
+    return 16, 64 if wide <= 128 and not full else 32, 4, stages

@@ -129,7 +129,8 @@ def _forward(
 ) -> None:
     batch, heads, n, size = query.shape
     groups, m, width = value.shape[1:]
-    config = configs.choose("forward", query.dtype, size, width, given.rank)
+    tiles = sum(kind != "row" for kind in given.kinds)
+    config = configs.choose("forward", query.dtype, size, width, given.rank, tiles)
     kernel: Any = forward
     kernel[(triton.cdiv(n, config.rows) * batch * heads,)](
         query,
