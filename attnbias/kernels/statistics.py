@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from attnbias.kernels.forward import part
+from attnbias.kernels.forward import edges, part
 from attnbias.kernels.places import seen_tile, span, whole_span
 from attnbias.kernels.products import add_dot, dot
 from attnbias.kernels.terms import add_terms
@@ -31,14 +31,14 @@ class Sums(NamedTuple):
     """Where the sums go; None for what is not asked for.
 
     received: ``(units, parts, 2, keys)``, a line and its rounding for each program. inner, gap:
-    ``(units, queries)``. score, place: ``(units, queries, TOP)``, the largest scores of a row in no
-    order, and their keys (negative: none). means: ``(units, queries, FEATURES)``.
+    ``(units, queries)``. surprise, place: ``(units, queries, TOP)``, the smallest ``lse - s`` of a
+    row in no order, and their keys (negative: none). means: ``(units, queries, FEATURES)``.
     """
 
     received: Any
     inner: Any
     gap: Any
-    score: Any
+    surprise: Any
     place: Any
     means: Any
 
@@ -58,12 +58,11 @@ class Along(NamedTuple):
 
 @triton.jit
 def tile_scores(
-    q, q_more, left, keys, key_row, rights, right_row, scale, terms, places,
-    b, h, i, j, im, jm, n, masked,
-    size: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, BAND: tl.constexpr,
-    RANGES: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
+    q, q_more, left, keys, key_row, rights, right_row, scale, terms, b, h, i, j, im, jm, n,
+    size: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile ``(rows, keys)`` in float32; minus infinity where a key is hidden."""
+    """Scores of a tile ``(rows, keys)`` in float32, with everything that is added to them."""
     at = j.to(tl.int64)
     k = part(keys, key_row, at, jm, size, 0, SIZE, True)
     s = dot(q, tl.trans(k), PRECISION)
@@ -74,10 +73,7 @@ def tile_scores(
     if RANK > 0:
         right = part(rights, right_row, at, jm, RANK, 0, RANK, True)
         s += dot(left, tl.trans(right), PRECISION)
-    s = add_terms(s, terms, KINDS, b, h, i, j, im, jm, n)
-    if masked:
-        s = tl.where(seen_tile(places, b, i, j, im, jm, BAND, RANGES), s, float("-inf"))
-    return s
+    return add_terms(s, terms, KINDS, b, h, i, j, im, jm, n)
 
 
 @triton.jit
@@ -123,21 +119,26 @@ def normalise(
     rest = tl.zeros((ROWS,), tl.float32)
     first, last = span(places, b, block, i, im, n, m, BAND, RANGES, ROWS)
     inside, outside = whole_span(places, b, block, i, im, n, m, BAND, RANGES, ROWS)
-    for start in range(first // COLS * COLS, last, COLS):
-        j = start + tl.arange(0, COLS)
-        jm = j < m
-        masked = (start < inside) | (start + COLS > outside)
-        s = tile_scores(
-            q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms, places,
-            b, h, i, j, im, jm, n, masked,
-            size, KINDS, RANK, BAND, RANGES, PRECISION, SIZE, SIZE_MORE,
-        )  # fmt: skip
-        grown = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(grown == float("-inf"), 0.0, grown)
-        fade = tl.exp2((top - safe) * LOG2E)
-        p = tl.exp2((s - safe[:, None]) * LOG2E)
-        total, rest = joined(total * fade, rest * fade, tl.sum(p, 1))
-        top = grown
+    start, before, whole, after = edges(first, last, inside, outside, COLS)
+    for phase in tl.static_range(0 if BAND % 2 == 1 or RANGES else 1, 3):
+        count = whole if phase == 1 else (before if phase == 0 else after)
+        for t in range(count):
+            j = start + t * COLS + tl.arange(0, COLS)
+            jm = j < m
+            s = tile_scores(
+                q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms,
+                b, h, i, j, im, jm, n, size, KINDS, RANK, PRECISION, SIZE, SIZE_MORE,
+            )  # fmt: skip
+            if phase != 1:
+                seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
+                s = tl.where(seen, s, float("-inf"))
+            grown = tl.maximum(top, tl.max(s, 1))
+            safe = tl.where(grown == float("-inf"), 0.0, grown)
+            fade = tl.exp2((top - safe) * LOG2E)
+            p = tl.exp2((s - safe[:, None]) * LOG2E)
+            total, rest = joined(total * fade, rest * fade, tl.sum(p, 1))
+            top = grown
+        start += count * COLS
     safe_total = tl.where(total == 0.0, 1.0, total)
     logs = tl.where(total == 0.0, float("-inf"), top + tl.log(safe_total))
     tl.store(lse + unit.to(tl.int64) * n + i, logs, mask=im)
@@ -195,8 +196,8 @@ def statistics(
         gap = tl.zeros((ROWS,), tl.float32)
         gap_rest = tl.zeros((ROWS,), tl.float32)
         if TOP > 0:
-            # A row that does not count has the largest scores that there are, and takes none.
-            least = tl.where(logs == float("inf"), float("inf"), float("-inf"))
+            # Of a row that does not count every ``lse - s`` is infinite, and none is smaller.
+            least = tl.full((ROWS,), float("inf"), tl.float32)
         if TOP == 1:
             place = tl.full((ROWS,), -1, tl.int32)
         elif TOP > 1:
@@ -208,67 +209,71 @@ def statistics(
         first, last = span(places, b, block, i, im, n, m, BAND, RANGES, ROWS)
         last = tl.where(block < blocks, last, first)
         inside, outside = whole_span(places, b, block, i, im, n, m, BAND, RANGES, ROWS)
+        start, before, whole, after = edges(first, last, inside, outside, COLS)
         if RECEIVED:
             # Lines that other threads wrote in the turn before are read in this one.
             tl.debug_barrier()
-        for start in range(first // COLS * COLS, last, COLS):
-            j = start + tl.arange(0, COLS)
-            jm = j < m
-            if RECEIVED:
-                mine = sums.received + tl.program_id(0).to(tl.int64) * 2 * m + j
-                column = tl.load(mine, mask=jm, other=0.0)
-                column_rest = tl.load(mine + m, mask=jm, other=0.0)
-            masked = (start < inside) | (start + COLS > outside)
-            s = tile_scores(
-                q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms, places,
-                b, h, i, j, im, jm, n, masked,
-                size, KINDS, RANK, BAND, RANGES, PRECISION, SIZE, SIZE_MORE,
-            )  # fmt: skip
-            x = logs[:, None] - s
-            p = tl.exp2(x * -LOG2E)
-            if RECEIVED:
-                column, column_rest = joined(column, column_rest, tl.sum(p, 0))
-                tl.store(mine, column, mask=jm)
-                tl.store(mine + m, column_rest, mask=jm)
-            if INNER:
-                inner, inner_rest = joined(inner, inner_rest, tl.sum(p * tl.minimum(x, FAINT), 1))
-            if GAP:
-                there = tl.load(along.key + b * along.key_batch + j, mask=jm, other=0.0)
-                far = tl.abs(here[:, None] - there[None, :])
-                gap, gap_rest = joined(gap, gap_rest, tl.sum(p * far, 1))
-            if FEATURES > 0:
-                values = along.value + b * along.value_batch
-                value = part(values, FEATURES, j, jm, FEATURES, 0, FEATURES, True)
-                # Not into an accumulator of the tensor cores, which cut digits off.
-                more = dot(p, value, PRECISION)
-                means, means_rest = joined(means, means_rest, more)
-            if TOP == 1:
-                peak = tl.max(s, 1)
-                at = tl.min(tl.where(s == peak[:, None], j[None, :], FAR), 1)
-                place = tl.where(peak > least, at, place)
-                least = tl.maximum(least, peak)
-            elif TOP > 1:
-                peak = tl.max(s, 1)
-                while tl.max((peak > least).to(tl.int32), 0) > 0:
-                    at = tl.min(tl.where(s == peak[:, None], j[None, :], FAR), 1)
-                    # It takes the place of the smallest; of equal ones the first key stays.
-                    worst = tl.max(tl.where(best == least[:, None], place, -FAR), 1)
-                    taken = (place == worst[:, None]) & (peak > least)[:, None]
-                    best = tl.where(taken, peak[:, None], best)
-                    place = tl.where(taken, at[:, None], place)
-                    s = tl.where(j[None, :] == at[:, None], float("-inf"), s)
-                    least = tl.min(best, 1)
-                    peak = tl.max(s, 1)
+        for phase in tl.static_range(0 if BAND % 2 == 1 or RANGES else 1, 3):
+            count = whole if phase == 1 else (before if phase == 0 else after)
+            for t in range(count):
+                j = start + t * COLS + tl.arange(0, COLS)
+                jm = j < m
+                if RECEIVED:
+                    mine = sums.received + tl.program_id(0).to(tl.int64) * 2 * m + j
+                    column = tl.load(mine, mask=jm, other=0.0)
+                    column_rest = tl.load(mine + m, mask=jm, other=0.0)
+                x = logs[:, None] - tile_scores(
+                    q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms,
+                    b, h, i, j, im, jm, n, size, KINDS, RANK, PRECISION, SIZE, SIZE_MORE,
+                )  # fmt: skip
+                if phase != 1:
+                    seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
+                    x = tl.where(seen, x, float("inf"))
+                p = tl.exp2(x * -LOG2E)
+                if RECEIVED:
+                    column, column_rest = joined(column, column_rest, tl.sum(p, 0))
+                    tl.store(mine, column, mask=jm)
+                    tl.store(mine + m, column_rest, mask=jm)
+                if INNER:
+                    more = tl.sum(p * tl.minimum(x, FAINT), 1)
+                    inner, inner_rest = joined(inner, inner_rest, more)
+                if GAP:
+                    there = tl.load(along.key + b * along.key_batch + j, mask=jm, other=0.0)
+                    more = tl.sum(p * tl.abs(here[:, None] - there[None, :]), 1)
+                    gap, gap_rest = joined(gap, gap_rest, more)
+                if FEATURES > 0:
+                    values = along.value + b * along.value_batch
+                    value = part(values, FEATURES, j, jm, FEATURES, 0, FEATURES, True)
+                    # Not into an accumulator of the tensor cores, which cut digits off.
+                    means, means_rest = joined(means, means_rest, dot(p, value, PRECISION))
+                if TOP == 1:
+                    peak = tl.min(x, 1)
+                    at = tl.min(tl.where(x == peak[:, None], j[None, :], FAR), 1)
+                    place = tl.where(peak < least, at, place)
+                    least = tl.minimum(least, peak)
+                elif TOP > 1:
+                    peak = tl.min(x, 1)
+                    while tl.max((peak < least).to(tl.int32), 0) > 0:
+                        at = tl.min(tl.where(x == peak[:, None], j[None, :], FAR), 1)
+                        # It takes the place of the smallest; of equal ones the first key stays.
+                        worst = tl.max(tl.where(best == least[:, None], place, -FAR), 1)
+                        taken = (place == worst[:, None]) & (peak < least)[:, None]
+                        best = tl.where(taken, peak[:, None], best)
+                        place = tl.where(taken, at[:, None], place)
+                        x = tl.where(j[None, :] == at[:, None], float("inf"), x)
+                        least = tl.max(best, 1)
+                        peak = tl.min(x, 1)
+            start += count * COLS
         if INNER:
             tl.store(sums.inner + line, inner - inner_rest, mask=im)
         if GAP:
             tl.store(sums.gap + line, gap - gap_rest, mask=im)
         if TOP == 1:
-            tl.store(sums.score + line, least, mask=im)
+            tl.store(sums.surprise + line, least, mask=im)
             tl.store(sums.place + line, place, mask=im)
         elif TOP > 1:
             t = line[:, None] * TOP + tl.arange(0, TOP)[None, :]
-            tl.store(sums.score + t, best, mask=im[:, None])
+            tl.store(sums.surprise + t, best, mask=im[:, None])
             tl.store(sums.place + t, place, mask=im[:, None])
         if FEATURES > 0:
             f = line[:, None] * FEATURES + tl.arange(0, FEATURES)[None, :]

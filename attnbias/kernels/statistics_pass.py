@@ -9,7 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from attnbias import kernels
 from attnbias.kernels import configs
 from attnbias.kernels.launch import Given, rows_of, steps
 from attnbias.kernels.statistics import Along, Sums, normalise, statistics
@@ -127,7 +126,7 @@ def _one_pass(
         **_constants(query, given, config),
     )
     shape = (batch, heads, n)
-    weight, place = _ranked(sums, lse, wanted.top)
+    weight, place = _ranked(sums, shape, wanted.top)
     return Found(
         _received(sums.received, batch, heads),
         None if sums.inner is None else sums.inner.view(shape),
@@ -180,8 +179,8 @@ def _config(kernel: str, query: Tensor, given: Given) -> configs.Config:
 def _parts(query: Tensor, key: Tensor, blocks: int) -> int:
     """How many programs share the queries of one head."""
     units = query.shape[0] * query.shape[1]
-    programs = 4
-    if not kernels.interpreted():
+    programs = 4  # interpreted, one after the other
+    if query.is_cuda:
         programs = 2 * torch.cuda.get_device_properties(query.device).multi_processor_count
     granted = max(LINES, query.nbytes + key.nbytes)
     return max(1, min(programs // units, blocks, granted // (8 * units * key.shape[2])))
@@ -207,15 +206,16 @@ def _received(lines: Tensor | None, batch: int, heads: int) -> Tensor | None:
     return (total[:, 0] - total[:, 1]).view(batch, heads, -1)
 
 
-def _ranked(sums: Sums, lse: Tensor, top: int) -> tuple[Tensor | None, Tensor | None]:
+def _ranked(
+    sums: Sums, shape: tuple[int, int, int], top: int
+) -> tuple[Tensor | None, Tensor | None]:
     """Weights and keys, the largest first, of equal ones the first key."""
-    if sums.score is None:
+    if sums.surprise is None:
         return None, None
-    score, place = sums.score, sums.place.long()
+    surprise, place = sums.surprise, sums.place.long()
     order = place.argsort(dim=-1, stable=True)
-    score, place = score.gather(-1, order), place.gather(-1, order)
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    score, place = score.gather(-1, order), place.gather(-1, order)
-    score, place = (t.view(*lse.shape, -1)[..., :top] for t in (score, place))
-    weight = torch.where(place >= 0, torch.exp(score - lse.float()[..., None]), 0.0)
-    return weight, place.clamp_min(-1)
+    surprise, place = surprise.gather(-1, order), place.gather(-1, order)
+    order = surprise.argsort(dim=-1, stable=True)
+    surprise, place = surprise.gather(-1, order), place.gather(-1, order)
+    surprise, place = (t.view(*shape, -1)[..., :top] for t in (surprise, place))
+    return torch.exp(-surprise), place.clamp_min(-1)
