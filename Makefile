@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all smoke-oldest versions mutants bench bench-peers bench-gpu lint docs clean
+.PHONY: setup demo test test-all smoke-oldest versions mutants bench calibrate bench-peers bench-gpu lint docs clean
 
 setup: $(STAMP)
 
@@ -75,6 +75,11 @@ $(PEERS)/.stamp: Makefile pyproject.toml constraints.txt benchmarks/peers.txt
 	done
 	$(PEERS)/lenses/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
+
+# The costs by which the planner chooses: about 9 minutes on an idle machine; continues if stopped.
+calibrate: $(STAMP)
+	$(PY) -m attnbias.cli bench --calibrate --out benchmarks/results/costs.json
+	cp benchmarks/results/costs.json attnbias/lowering/costs.json
 
 bench-peers: $(STAMP) $(PEERS)/.stamp
 	$(PY) -m benchmarks.observe_peers --environments $(PEERS)

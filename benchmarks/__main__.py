@@ -24,6 +24,7 @@ ORDER = (
     "benchmarks.bsa_slice",
     "benchmarks.fold_precision",
     "benchmarks.stability",
+    "benchmarks.planner",
     "benchmarks.observe",
     "benchmarks.observe_peers",
     "benchmarks.steer",

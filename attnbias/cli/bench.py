@@ -47,7 +47,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the times, or write the table; returns 0."""
+    """Print the times, or write the table; returns 0, or 130 when a calibration is interrupted."""
     if args.calibrate:
         return calibrate(args)
     if args.queries is None:
@@ -110,7 +110,9 @@ def times(args: argparse.Namespace) -> str:
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    """Measure what is missing, fit, write the table. Interrupted, it keeps what was measured."""
+    """Measure what is missing, fit, write the table; returns 0, or 130 when interrupted: what was
+    measured is kept.
+    """
     from attnbias import native
     from attnbias.cli import calibration
     from attnbias.lowering import costs
@@ -133,11 +135,15 @@ def calibrate(args: argparse.Namespace) -> int:
     done = {json.dumps(record["case"]) for record in before if record["device"] == kind}
     whole = calibration.cases()
     todo = [case for case in whole if json.dumps(_plain(case)) not in done]
-    with kept.open("a", encoding="utf-8") as file, _progress(len(todo)) as advance:
-        for record in calibration.measure(todo, device, args.minutes):
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            advance(", ".join(record["case"]["structures"]) or "no bias")
+    try:
+        with kept.open("a", encoding="utf-8") as file, _progress(len(todo)) as advance:
+            for record in calibration.measure(todo, device, args.minutes):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                advance(", ".join(record["case"]["structures"]) or "no bias")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     records = [one for one in calibration.measured(kept) if one["device"] == kind]
     if not records:
         raise AttnbiasError("nothing was measured: give the calibration more --minutes")
