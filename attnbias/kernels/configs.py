@@ -16,7 +16,9 @@ from attnbias import kernels
 @dataclass(frozen=True)
 class Config:
     """rows, cols: queries and keys of a tile; warps and stages: what Triton calls num_warps and
-    num_stages; precision: how float32 products are made.
+    num_stages; precision: how float32 products are made; chunk: features of queries and keys that
+    are multiplied at a time, read again for every tile, where a whole head would not stay in the
+    registers (0: it does).
     """
 
     rows: int
@@ -24,6 +26,7 @@ class Config:
     warps: int
     stages: int
     precision: str
+    chunk: int = 0
 
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
@@ -67,11 +70,12 @@ def choose(
     tiles: how many terms have an entry for every pair of query and key, which take registers, and
     shared memory where they are fetched ahead.
     """
-    if kernels.interpreted():
-        return Config(32, 32, 4, 1, "ieee")
     wide = max(sum(halves(size)), sum(halves(width)))
+    if kernels.interpreted():
+        return Config(32, 32, 4, 1, "ieee", 32 if wide > 128 else 0)
     backend, number = card()
     full = dtype == torch.float32
+    chunk = 0
     if kernel == "decode":
         rows, cols, warps, stages = _decode(wide, full, backend)
     elif kernel != "forward":
@@ -80,9 +84,11 @@ def choose(
         rows, cols, warps, stages = _amd(wide, full)
     elif full:
         rows, cols, warps, stages = _full(wide)
+        chunk = 32 if wide > 64 else 0
     else:
         rows, cols, warps, stages = _half(wide, number, rank > 0 or tiles > 0, tiles)
-    return Config(rows, cols, warps, stages, precision(dtype))
+        chunk = 64 if wide > 128 and number < 90 else 0
+    return Config(rows, cols, warps, stages, precision(dtype), chunk)
 
 
 Sizes = tuple[int, int, int, int]
@@ -91,8 +97,8 @@ Sizes = tuple[int, int, int, int]
 def _half(wide: int, number: int, more: bool, tiles: int) -> Sizes:
     if number < 90:
         if wide <= 64:
-            return 128, 64, 8 if tiles else 4, 2 if tiles else 3
-        return (128, 64, 8, 2) if wide <= 128 else (128, 32, 8, 2)
+            return 128, 64, 4, 3
+        return (128, 64, 8, 2) if wide <= 128 else (64, 32, 4, 2)
     if wide <= 64:
         return 128, 128, 8, 2 if tiles else 3
     if wide <= 128:
@@ -101,9 +107,7 @@ def _half(wide: int, number: int, more: bool, tiles: int) -> Sizes:
 
 
 def _full(wide: int) -> Sizes:
-    if wide <= 64:
-        return 64, 32, 4, 2
-    return (32, 32, 4, 2) if wide <= 128 else (16, 32, 4, 1)
+    return (64, 32, 4, 2) if wide <= 128 else (32, 32, 4, 1)
 
 
 def _amd(wide: int, full: bool) -> Sizes:

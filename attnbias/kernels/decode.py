@@ -40,7 +40,7 @@ def decode(
     columns, terms, places, drop,
     size: tl.constexpr, width: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr,
     BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    FOLDS: tl.constexpr, CHAINS: tl.constexpr, GROUPED: tl.constexpr,
+    FOLDS: tl.constexpr, CHAINS: tl.constexpr, GROUPED: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
@@ -68,9 +68,11 @@ def decode(
     group = low // share
     # Every row has a start of its own: the pointers of the tile begin there.
     queries = query + b * query_steps[0] + ahead[:, None] * query_steps[1]
-    q = part(queries, query_steps[2], i, im, size, 0, SIZE, True)
+    q = queries + i[:, None] * query_steps[2]
+    if CHUNK == 0:
+        q = part(queries, query_steps[2], i, im, size, 0, SIZE, True)
     q_more = q
-    if SIZE_MORE > 0:
+    if SIZE_MORE > 0 and CHUNK == 0:
         q_more = part(queries, query_steps[2], i, im, size, SIZE, SIZE_MORE, True)
     keys = key + b * key_steps[0] + group * key_steps[1]
     values = value + b * value_steps[0] + group * value_steps[1]
@@ -104,16 +106,16 @@ def decode(
         keys, values, rights, key_steps[2], value_steps[2], right_step,
         start + one * COLS, two - one, 0, two - one, b, h, i, im, n, m, scale, unit,
         terms, places, drop,
-        size, width, KINDS, RANK, BAND, RANGES, DROPS, PRECISION, FOLDS, CHAINS, False, COLS,
-        SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+        size, width, KINDS, RANK, BAND, RANGES, DROPS, PRECISION, FOLDS, CHAINS, False, CHUNK,
+        ROWS, COLS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
     )  # fmt: skip
     top, total, sums, sums_more = sweep(
         q, q_more, left, top, total, sums, sums_more,
         keys, values, rights, key_steps[2], value_steps[2], right_step,
         start, one, (two - one) * COLS, count - two + one, b, h, i, im, n, m, scale, unit,
         terms, places, drop,
-        size, width, KINDS, RANK, BAND, RANGES, DROPS, PRECISION, FOLDS, CHAINS, True, COLS,
-        SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+        size, width, KINDS, RANK, BAND, RANGES, DROPS, PRECISION, FOLDS, CHAINS, True, CHUNK,
+        ROWS, COLS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
     )  # fmt: skip
     safe = tl.where(total == 0.0, 1.0, total)
     outs = out + own * out_part + b * out_batch + ahead[:, None] * out_head
@@ -241,6 +243,7 @@ def decode_pass(
         GROUPED=split.together > 1,
         ROWS=split.rows,
         COLS=config.cols,
+        CHUNK=config.chunk,
         **config.options(),
     )
     if parts > 1:

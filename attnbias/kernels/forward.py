@@ -64,13 +64,15 @@ def sweep(
     start, before, gap, count, b, h, i, im, n, m, scale, unit, terms, places, drop,
     size: tl.constexpr, width: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr,
     BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    FOLDS: tl.constexpr, CHAINS: tl.constexpr, MASKED: tl.constexpr, COLS: tl.constexpr,
+    FOLDS: tl.constexpr, CHAINS: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
     """Goes on with the online softmax over `count` tiles of keys from `start`, with a `gap` after
     the first `before` of them. Not MASKED: every entry is seen.
 
-    Scores are in units of `unit` (log2 e, or with it the scale where there is nothing to add).
+    Scores are in units of `unit` (log2 e, or with it the scale where there is nothing to add). q: a
+    tile of queries, or with a CHUNK of features that are multiplied at a time pointers to it.
     """
     for t in range(count):
         at = start + t * COLS
@@ -83,11 +85,21 @@ def sweep(
             jm = tl.full((COLS,), True, tl.int1)
         # Rows of a tile are counted from its own start: 32 bits hold them whatever the tensor.
         tile_keys = keys + at.to(tl.int64) * key_step
-        k = part(tile_keys, key_step, c, jm, size, 0, SIZE, MASKED)
-        s = dot(q, tl.trans(k), PRECISION)
-        if SIZE_MORE > 0:
-            k_more = part(tile_keys, key_step, c, jm, size, SIZE, SIZE_MORE, MASKED)
-            s = add_dot(s, q_more, tl.trans(k_more), PRECISION)
+        if CHUNK > 0:
+            s = tl.zeros((ROWS, COLS), tl.float32)
+            d = tl.arange(0, CHUNK)
+            for ahead in range(0, size, CHUNK):
+                some = (ahead + d < size)[None, :]
+                x = tl.load(q + ahead + d[None, :], mask=im[:, None] & some, other=0.0)
+                y = tile_keys + c[:, None] * key_step + (ahead + d)[None, :]
+                y = tl.load(y, mask=jm[:, None] & some, other=0.0)
+                s = add_dot(s, x, tl.trans(y), PRECISION)
+        else:
+            k = part(tile_keys, key_step, c, jm, size, 0, SIZE, MASKED)
+            s = dot(q, tl.trans(k), PRECISION)
+            if SIZE_MORE > 0:
+                k_more = part(tile_keys, key_step, c, jm, size, SIZE, SIZE_MORE, MASKED)
+                s = add_dot(s, q_more, tl.trans(k_more), PRECISION)
         if CHAINS:
             right = part(
                 rights + at.to(tl.int64) * right_step, right_step, c, jm, RANK, 0, RANK, MASKED
@@ -142,7 +154,7 @@ def forward(
     columns, terms, places, drop,
     size: tl.constexpr, width: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr,
     BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    FOLDS: tl.constexpr, CHAINS: tl.constexpr, BATCH_FAST: tl.constexpr,
+    FOLDS: tl.constexpr, CHAINS: tl.constexpr, BATCH_FAST: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
@@ -173,9 +185,11 @@ def forward(
     im = i < n
     above = (block * ROWS).to(tl.int64)
     queries = query + b * query_steps[0] + h * query_steps[1] + above * query_steps[2]
-    q = part(queries, query_steps[2], r, im, size, 0, SIZE, True)
+    q = queries + r[:, None] * query_steps[2]
+    if CHUNK == 0:
+        q = part(queries, query_steps[2], r, im, size, 0, SIZE, True)
     q_more = q
-    if SIZE_MORE > 0:
+    if SIZE_MORE > 0 and CHUNK == 0:
         q_more = part(queries, query_steps[2], r, im, size, SIZE, SIZE_MORE, True)
     keys = key + b * key_steps[0] + h // share * key_steps[1]
     values = value + b * value_steps[0] + h // share * value_steps[1]
@@ -204,16 +218,16 @@ def forward(
         keys, values, rights, key_steps[2], value_steps[2], right_step,
         start + before * COLS, whole, 0, whole, b, h, i, im, n, m, scale, unit,
         terms, places, drop,
-        size, width, KINDS, RANK, BAND, RANGES, DROPS, PRECISION, FOLDS, CHAINS, False, COLS,
-        SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+        size, width, KINDS, RANK, BAND, RANGES, DROPS, PRECISION, FOLDS, CHAINS, False, CHUNK,
+        ROWS, COLS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
     )  # fmt: skip
     top, total, sums, sums_more = sweep(
         q, q_more, left, top, total, sums, sums_more,
         keys, values, rights, key_steps[2], value_steps[2], right_step,
         start, before, whole * COLS, before + after, b, h, i, im, n, m, scale, unit,
         terms, places, drop,
-        size, width, KINDS, RANK, BAND, RANGES, DROPS, PRECISION, FOLDS, CHAINS, True, COLS,
-        SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+        size, width, KINDS, RANK, BAND, RANGES, DROPS, PRECISION, FOLDS, CHAINS, True, CHUNK,
+        ROWS, COLS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
     )  # fmt: skip
     safe = tl.where(total == 0.0, 1.0, total)
     outs = out + b * out_steps[0] + h * out_steps[1] + above * out_steps[2]

@@ -157,5 +157,6 @@ def _forward(
         BATCH_FAST=_shared(given, batch),
         ROWS=config.rows,
         COLS=config.cols,
+        CHUNK=config.chunk,
         **config.options(),
     )
