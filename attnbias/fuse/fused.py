@@ -118,9 +118,10 @@ def fuse(
     The modules that are known (`attnbias support --all` lists them) are computed by `attention`
     with the bias as a structure: same outputs, same gradients, same generation, without the N x N
     tensor. Each kind of module is first compared with its own code on random input. Calls that are
-    too small to gain, other devices than the CPU, and calls that ask for attention maps take the
-    model's own code. Weights, configs and state dicts are untouched. In a context of `observe` or
-    `steer` the model computes by its own code, too, and is fused again after.
+    too small to gain, other devices than the CPU (unless `modes.taking` asks for the fused route:
+    what benchmarks do), and calls that ask for attention maps take the model's own code. Weights,
+    configs and state dicts are untouched. In a context of `observe` or `steer` the model computes
+    by its own code, too, and is fused again after.
 
     Args:
         model: a transformers model or any module that holds known ones. It may train, generate, be
@@ -148,12 +149,15 @@ def fuse(
     device = runs_on(root)
     name = type(root).__name__
     left = [LeftAlone(names, kind, reason) for (kind, reason), names in found.left.items()]
-    if device.type != "cpu":
+    here = device.type == "cpu"  # where the examples of the check are made
+    if not here and modes.route() != "fused":
         note = f"no kernels were measured on {device.type}: nothing was replaced, all is as before."
         fused = Fused(name, str(device), left=left, note=note)
     else:
         sizes = (batch, length)
-        fused = _open(root, found, left, check=check, measure=measure, sizes=sizes, factors=factors)
+        fused = Fused(name, str(device), left=left, _root=root)
+        check, measure = check and here, measure and here
+        _open(fused, root, found, check=check, measure=measure, sizes=sizes, factors=factors)
     if not quiet:
         print(fused)
     return fused
@@ -230,17 +234,16 @@ def _nothing(root: nn.Module, found: Found) -> str:
 
 
 def _open(
+    fused: Fused,
     root: nn.Module,
     found: Found,
-    left: list[LeftAlone],
     *,
     check: bool,
     measure: bool,
     sizes: tuple[int, int],
     factors: Factors | None,
-) -> Fused:
+) -> None:
     places = dict(found.places)
-    fused = Fused(type(root).__name__, "cpu", left=left, _root=root)
     groups = _groups(places)
     for group in groups:
         place, family = group[0], places[group[0]]
@@ -271,7 +274,6 @@ def _open(
         factors.plan(fused, list(places), fused._door)
     fused._door.open()
     _fused[root] = fused
-    return fused
 
 
 def _groups(places: dict[Place, Any]) -> list[list[Place]]:

@@ -269,6 +269,11 @@ def broken(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 found.append(f"{key}, {name}: {cell['reason']}")
         if "case" in group and (why := reason(group)):
             found.append(f"{key}, ours: {why}")
+        if "model" in group:
+            errors = {n: c["error"]["output"] for n, c in group["lines"].items() if "error" in c}
+            fused = errors.pop("fused", None)
+            if fused is None or fused > 2 * max(errors.values()):
+                found.append(f"{key}: fused is off by {fused}, stock by {max(errors.values())}")
     return found
 
 

@@ -5,7 +5,8 @@
 Real classes with random weights, bfloat16. Lines: the stock model in each way it has, the fused
 one, and the same model with its bias left out, through PyTorch's fused kernel; the forward, and for
 T5 and the Pairformer a training step. Errors are those of the output against the stock model in
-float32, over its largest entry: the stock model's own beside the fused one's.
+float32, over its largest entry: the stock model's own beside the fused one's. `ab.fuse` replaces
+nothing on a GPU by itself until this was measured; here the fused route is asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnbias.fuse import modes
 from benchmarks.gpu.device import Device, turns
 from benchmarks.gpu.group import Context, Goal, Group
 from benchmarks.gpu.lines import failure, fatal
@@ -59,7 +61,12 @@ MODELS = (
     Model("Pairformer", 768),
     Model("Pairformer", 384, training=True),
 )
-TINY = (Model("T5", 20, 2), Model("T5, training", 20, training=True), Model("Pairformer", 8))
+TINY = (
+    Model("T5", 20, 2),
+    Model("T5, training", 20, training=True),
+    Model("Swin v2, window 24", 32, 2),
+    Model("Pairformer", 8),
+)
 
 
 def groups(rehearse: bool = False) -> list[Group]:
@@ -71,35 +78,42 @@ def groups(rehearse: bool = False) -> list[Group]:
     ]
 
 
-def swin_v2(size: int) -> torch.nn.Module:
-    """The base model for 384 pixels, as published with windows of 24."""
+def swin_v2(size: int, *, tiny: bool = False) -> torch.nn.Module:
+    """The base model for 384 pixels, as published with windows of 24; or two small layers."""
     from transformers import Swinv2Config, Swinv2Model
 
-    config = Swinv2Config(
-        image_size=size, window_size=24, embed_dim=128, depths=[2, 2, 18, 2],
-        num_heads=[4, 8, 16, 32], drop_path_rate=0.0,
-    )  # fmt: skip
+    base = {
+        "window_size": 24,
+        "embed_dim": 128,
+        "depths": [2, 2, 18, 2],
+        "num_heads": [4, 8, 16, 32],
+    }
+    small = {"window_size": 4, "embed_dim": 16, "depths": [2], "num_heads": [2]}
+    config = Swinv2Config(image_size=size, drop_path_rate=0.0, **(small if tiny else base))
     made: torch.nn.Module = Swinv2Model(config)
     return made
 
 
 def subject_of(name: str) -> Any:
-    from benchmarks.fuse_models import IMAGES, SUBJECTS, Subject, images
+    from benchmarks.fuse_models import SUBJECTS, Subject, images
 
     if name.startswith("Swin v2"):
-        own = (SUBJECTS["Swin v2"].variants, IMAGES)[0]
+        own = SUBJECTS["Swin v2"].variants
         return Subject(name, "base, windows of 24", "pixels", swin_v2, images, own)
     return SUBJECTS[name]
 
 
 def rehearsed(name: str) -> Any:
-    """The same class with one layer."""
+    """The same class with a layer or two."""
     from dataclasses import replace
 
     from benchmarks.fuse_models import t5
 
     subject = subject_of(name)
-    return replace(subject, build=partial(t5, layers=1)) if name.startswith("T5") else subject
+    if name.startswith("Pairformer"):
+        return subject
+    small = partial(t5, layers=1) if name.startswith("T5") else partial(swin_v2, tiny=True)
+    return replace(subject, build=small)
 
 
 def inputs(subject: Any, model: Model, device: Device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -114,17 +128,26 @@ def inputs(subject: Any, model: Model, device: Device, dtype: torch.dtype) -> di
 
 
 class Way:
-    """A model in one state, on its inputs."""
+    """A model in one state, on its inputs. route: what its fused modules must take."""
 
-    def __init__(self, model: Any, given: dict[str, Tensor], training: bool) -> None:
+    def __init__(
+        self, model: Any, given: dict[str, Tensor], training: bool, route: modes.Route | None
+    ) -> None:
         self.model, self.given, self.training = model.train(training), given, training
+        self.route = route
 
     def forward(self) -> Tensor:
         from benchmarks.fuse_models import output
 
-        with torch.set_grad_enabled(self.training):
+        with torch.set_grad_enabled(self.training), modes.taking(self.route):
             found: Tensor = output(self.model(**self.given))
         return found
+
+    def recorded(self) -> tuple[Tensor, list[str]]:
+        """The output, and the lowerings that computed it."""
+        with modes.recording() as seen:
+            out = self.forward()
+        return out, sorted({lowering for _, lowering in seen})
 
     def step(self, out: Tensor) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -153,7 +176,7 @@ def measure(model: Model, rehearse: bool, context: Context) -> dict[str, Any]:
         f"{STOCK}, {variant.name}": variant.prepare for variant in subject.variants
     }
     first = subject.variants[0].prepare
-    prepares[FUSED] = lambda one: (first(one), fused(one))[1]
+    prepares[FUSED] = lambda one: (first(one), fused(one))[1]  # which asks for its route, too
     prepares[BARE] = lambda one: (first(one), remove(one))[1]
     cells: dict[str, dict[str, Any]] = {}
     ways: dict[str, Way] = {}
@@ -163,11 +186,19 @@ def measure(model: Model, rehearse: bool, context: Context) -> dict[str, Any]:
             if name in context.skip:
                 raise RuntimeError("the process died, or hung, in this line")
             changed = twin(base)
-            prepare(changed)
-            way = Way(changed, given, model.training)
+            route: modes.Route | None = "fused" if name == FUSED else None
+            with modes.taking(route):
+                prepare(changed)
+            way = Way(changed, given, model.training, route)
+            out, lowerings = way.recorded()
             cells[name] = {"status": "ok"}
-            if name != BARE:
-                cells[name]["error"] = {"output": gap(way.forward(), want)}
+            if name == FUSED:
+                cells[name]["lowering"] = lowerings
+                if not lowerings:
+                    raise RuntimeError("no attention of the fused model reached us")
+            # Without its bias a model computes something else: by how much says what is at stake.
+            cells[name]["moved" if name == BARE else "error"] = {"output": gap(out, want)}
+            del out
             cells[name]["memory_both"] = device.peak(way.both)
             ways[name] = way
         except Exception as error:
