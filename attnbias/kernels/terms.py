@@ -62,6 +62,21 @@ class Indexed(NamedTuple):
     cols_head: Any
 
 
+class Fours(NamedTuple):
+    """`Indexed` where four keys at a time, from a multiple of four on, have neighbouring entries:
+    keys of a grid. ``data[b, h, k, e]`` is entry ``e + k`` for k from 0 to 3, a copy step apart, so
+    that four of them are always read from a multiple of four.
+    """
+
+    data: Any
+    batch: Any
+    head: Any
+    copy: Any
+    rows: Any
+    rows_batch: Any
+    cols: Any
+
+
 class Corner(NamedTuple):
     """``data[b, h, min(i, rows), min(j, cols)]`` where ``i < rows`` or ``j < cols``: tokens without
     a place before those of a grid.
@@ -95,13 +110,13 @@ class Same(NamedTuple):
 
 
 class Box(NamedTuple):
-    """Hidden where not ``first[d, i] <= cell[d, j] <= last[d, i]`` along every dimension d, in
-    steps of its gap from the first: neighborhoods. The kind is ``("box", exchanged, *gaps)``: with
-    `exchanged` the key has the window and the query the cell. edge, cells: numbers of a dimension.
+    """Hidden where not ``0 <= cell[d, j] - first[d, i] <= wide[d, i]`` along every dimension d, in
+    steps of its gap: neighborhoods. The kind is ``("box", exchanged, *gaps)``: with `exchanged` the
+    key has the window and the query the cell. edge, cells: numbers of a dimension.
     """
 
     first: Any
-    last: Any
+    wide: Any
     edge: Any
     cell: Any
     cells: Any
@@ -109,13 +124,20 @@ class Box(NamedTuple):
 
 def strip(table: Tensor) -> Strip:
     """Of a table ``(batch | 1, heads | 1, queries + keys - 1)`` in float32."""
+    return Strip(*shifted(table))
+
+
+def shifted(table: Tensor) -> tuple[Tensor, int, int, int]:
+    """A table ``(batch | 1, heads | 1, entries)`` four times, each a step further, and the steps of
+    batch, heads and copies.
+    """
     batch, heads, length = table.shape
     room = -(-length // 16) * 16
     copies = table.new_zeros(batch, heads, 4, room)
     for copy in range(4):
         copies[:, :, copy, : max(length - copy, 0)] = table[:, :, copy:]
     head = 0 if heads == 1 else 4 * room
-    return Strip(copies, 0 if batch == 1 else heads * 4 * room, head, room)
+    return copies, 0 if batch == 1 else heads * 4 * room, head, room
 
 
 @triton.jit
@@ -154,6 +176,19 @@ def indexed_tile(t, b, h, i, j, im, jm, SOME: tl.constexpr):
 
 
 @triton.jit
+def fours_tile(t, b, h, i, j, im, jm):
+    row = tl.load(t.rows + b * t.rows_batch + i, mask=im, other=0)
+    col = tl.load(t.cols + j, mask=jm, other=0)
+    col = tl.max_contiguous(tl.multiple_of(col, 4), 4)
+    copy = row & 3
+    row = tl.multiple_of(copy * t.copy + (row - copy), 4)
+    seen = im[:, None] & jm[None, :]
+    return tl.load(
+        t.data + b * t.batch + h * t.head + (row[:, None] + col[None, :]), mask=seen, other=0.0
+    )
+
+
+@triton.jit
 def corner_tile(t, b, h, i, j, im, jm):
     seen = ((i < t.rows)[:, None] | (j < t.cols)[None, :]) & im[:, None] & jm[None, :]
     at = tl.minimum(i, t.rows)[:, None] * t.row + tl.minimum(j, t.cols)[None, :]
@@ -177,20 +212,21 @@ def same_tile(t, b, i, j, im, jm):
 
 @triton.jit
 def box_tile(t, KIND: tl.constexpr, i, j, im, jm):
-    seen = im[:, None] & jm[None, :]
+    seen = True
     for d in tl.static_range(len(KIND) - 2):
         if KIND[1]:
-            first = tl.load(t.first + d * t.edge + j[None, :], mask=jm[None, :], other=0)
-            last = tl.load(t.last + d * t.edge + j[None, :], mask=jm[None, :], other=0)
-            cell = tl.load(t.cell + d * t.cells + i[:, None], mask=im[:, None], other=0)
+            first = tl.load(t.first + d * t.edge + j, mask=jm, other=0)[None, :]
+            wide = tl.load(t.wide + d * t.edge + j, mask=jm, other=0)[None, :]
+            cell = tl.load(t.cell + d * t.cells + i, mask=im, other=0)[:, None]
         else:
-            first = tl.load(t.first + d * t.edge + i[:, None], mask=im[:, None], other=0)
-            last = tl.load(t.last + d * t.edge + i[:, None], mask=im[:, None], other=0)
-            cell = tl.load(t.cell + d * t.cells + j[None, :], mask=jm[None, :], other=0)
-        seen = seen & (cell >= first) & (cell <= last)
+            first = tl.load(t.first + d * t.edge + i, mask=im, other=0)[:, None]
+            wide = tl.load(t.wide + d * t.edge + i, mask=im, other=0)[:, None]
+            cell = tl.load(t.cell + d * t.cells + j, mask=jm, other=0)[None, :]
+        # Without a sign, what is before the first is far beyond the last.
+        step = (cell - first).to(tl.uint32)
+        seen = seen & (step <= wide.to(tl.uint32))
         if KIND[2 + d] > 1:
-            # What is before the first is hidden already, whatever the remainder of a negative.
-            seen = seen & ((cell - first) % KIND[2 + d] == 0)
+            seen = seen & (step % KIND[2 + d] == 0)
     return seen
 
 
@@ -214,6 +250,8 @@ def add_terms(s, terms, KINDS: tl.constexpr, b, h, i, j, im, jm, n):
             s += indexed_tile(terms[k], b, h, i, j, im, jm, False)
         elif KINDS[k] == "indexed_some":
             s += indexed_tile(terms[k], b, h, i, j, im, jm, True)
+        elif KINDS[k] == "fours":
+            s += fours_tile(terms[k], b, h, i, j, im, jm)
         elif KINDS[k] == "corner":
             s += corner_tile(terms[k], b, h, i, j, im, jm)
         elif KINDS[k] == "spread":

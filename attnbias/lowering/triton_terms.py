@@ -18,7 +18,17 @@ from attnbias.bias.tokens import Tokens
 from attnbias.bias.transposed import Transposed
 from attnbias.errors import AttnbiasError
 from attnbias.kernels.ranges import Ranges
-from attnbias.kernels.terms import Box, Corner, Indexed, Row, Same, Spread, Whole
+from attnbias.kernels.terms import (
+    Box,
+    Corner,
+    Fours,
+    Indexed,
+    Row,
+    Same,
+    Spread,
+    Whole,
+    shifted,
+)
 
 # One term of a kernel: its kind and what it reads.
 Term = tuple[object, tuple[Any, ...]]
@@ -36,7 +46,7 @@ def refusal(term: Bias) -> str:
     inner = term.inner if isinstance(term, Transposed) else term
     if isinstance(inner, INDEXED):
         entries = inner.table.shape[2:].numel()
-        if entries >= LARGEST:
+        if entries >= LARGEST // 4:  # four copies of some
             return f"a table of {entries} entries is too large for 32-bit places"
         return ""
     if isinstance(inner, Neighborhood):
@@ -72,9 +82,9 @@ def made(term: Bias, device: torch.device) -> list[Term]:
     if isinstance(inner, Bucketed):
         return [_bucketed(inner, device, exchanged)]
     assert isinstance(inner, Neighborhood)
-    first, last, cell = _neighborhood(inner, device)
+    first, wide, cell = _neighborhood(inner, device)
     edge, cells = first.shape[1], cell.shape[1]
-    return [(("box", exchanged, *inner.dilation), Box(first, last, edge, cell, cells))]
+    return [(("box", exchanged, *inner.dilation), Box(first, wide, edge, cell, cells))]
 
 
 def of_segments(query_ids: Tensor, key_ids: Tensor) -> Term:
@@ -86,7 +96,8 @@ def of_segments(query_ids: Tensor, key_ids: Tensor) -> Term:
 def of_neighborhood(term: Bias, device: torch.device) -> Ranges | None:
     """The range that holds the keys of each query of a neighborhood; None for anything else."""
     if isinstance(term, Neighborhood) and term.queries and term.keys:
-        first, last, _ = _neighborhood(term, device)
+        first, wide, _ = _neighborhood(term, device)
+        last = first + wide
         low = high = torch.zeros_like(first[0])
         for dim, size in enumerate(term.grid):
             low, high = low * size + first[dim], high * size + last[dim]
@@ -123,6 +134,8 @@ def _indexed(data: Tensor, rows: Tensor, cols: Tensor, some: bool) -> Term:
 
 
 def _grid(term: GridRelative, device: torch.device, exchanged: bool) -> list[Term]:
+    if not exchanged and _in_fours(term):
+        return [_fours(term, device)]
     data = lines(term.table.flatten(2), device)
     rows = _places(term.rows, term.steps, term.start, -1, device)
     cols = _places(term.cols, term.steps, 0, 1, device)
@@ -136,6 +149,29 @@ def _grid(term: GridRelative, device: torch.device, exchanged: bool) -> list[Ter
         special = lines(special, device)
         found.append(("corner", Corner(*(special, *steps(special, 3), over, left))))
     return found
+
+
+def _in_fours(term: GridRelative) -> bool:
+    """Whether keys from a multiple of four on are four neighbours in the last dimension."""
+    cols = term.cols
+    whole = cols.given is None and cols.specials == 0 and term.specials is None
+    return whole and cols.regular and cols.size[-1] % 4 == 0 and cols.stride[-1] == 1
+
+
+def _fours(term: GridRelative, device: torch.device) -> Term:
+    """The last dimension is padded to a multiple of four; the first key is place 0."""
+    table = lines(term.table, device)
+    table = torch.nn.functional.pad(table, (0, -table.shape[-1] % 4))
+    made = [1]
+    for size in reversed(table.shape[3:]):
+        made.append(made[-1] * size)
+    jumps = tuple(reversed(made))
+    start = sum(c * s for c, s in zip(term.center, jumps, strict=True))
+    first = sum(o * s for o, s in zip(term.cols.origin, jumps, strict=True))
+    rows = (start + first - term.rows.offsets(jumps, device)).int()
+    cols = (term.cols.offsets(jumps, device)[0] - first).int()
+    each = (*shifted(table.flatten(2)), rows, *steps(rows, 1), cols)
+    return ("fours", Fours(*each))
 
 
 def _places(
@@ -187,7 +223,8 @@ def _neighborhood(term: Neighborhood, device: torch.device) -> tuple[Tensor, Ten
     kept = _windows.setdefault(term, {})
     if device not in kept:
         first, last, cell = term.windows()
-        kept[device] = tuple(t.to(device, torch.int32).contiguous() for t in (first, last, cell))
+        made = (first, last - first, cell)
+        kept[device] = tuple(t.to(device, torch.int32).contiguous() for t in made)
     found: tuple[Tensor, Tensor, Tensor] = kept[device]
     return found
 

@@ -40,6 +40,12 @@ def hidden(tensor: torch.Tensor) -> torch.Tensor:
 CASES: dict[str, Callable[[], Bias]] = {
     "grid": lambda: ab.GridRelative(draw(HEADS, 11, 13), (6, 7)),
     "grid, pooled keys": lambda: ab.GridRelative(draw(HEADS, 12, 14), (7, 8), (3, 4), key_stride=2),
+    "grid, four keys at a time": lambda: ab.GridRelative(
+        draw(HEADS, 13, 17), (6, 7), (5, 8), query_origin=1, key_origin=(2, 3), center=(6, 4)
+    ),
+    "grid of a batch, four keys at a time": lambda: ab.GridRelative(
+        draw(2, 1, 7, 15), integers(4, 2, 37, 2), (4, 12), center=(3, 3)
+    ),
     "grid of three dimensions": lambda: ab.GridRelative(draw(2, 1, 3, 5, 7), (2, 3, 4)),
     "grid, hidden": lambda: ab.GridRelative(hidden(draw(HEADS, 11, 11)), (6, 6)),
     "grid, specials": lambda: ab.GridRelative(
