@@ -77,7 +77,9 @@ class Flex(Lowering):
 
     def answer(self, problem: Problem) -> Offer:
         # Its own backward gives the gradients to the bias: the price is in the offer.
-        return self.offer(problem) if problem.normaliser == "softmax" else super().answer(problem)
+        if problem.normaliser == "softmax" and not problem.dropout:
+            return self.offer(problem)
+        return super().answer(problem)
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor]:
         query, key, value = problem.query, problem.key, problem.value
