@@ -78,13 +78,14 @@ def choose(
     chunk = 0
     if kernel == "decode":
         rows, cols, warps, stages = _decode(wide, full, backend)
+        chunk = 32 if full and wide > 64 else 0
     elif kernel != "forward":
         rows, cols, warps, stages = _plain(wide, full, backend)
     elif backend == "hip":
         rows, cols, warps, stages = _amd(wide, full)
     elif full:
         rows, cols, warps, stages = _full(wide)
-        chunk = 32 if wide > 64 else 0
+        chunk = 16 if 64 < wide <= 128 else 32 if wide > 128 or number >= 100 else 0
     else:
         rows, cols, warps, stages = _half(wide, number, rank > 0 or tiles > 0, tiles)
         chunk = 64 if wide > 128 and number < 90 else 0
@@ -98,7 +99,7 @@ def _half(wide: int, number: int, more: bool, tiles: int) -> Sizes:
     if number < 90:
         if wide <= 64:
             return 128, 64, 4, 3
-        return (128, 64, 8, 2) if wide <= 128 else (64, 32, 4, 2)
+        return (128, 32, 8, 3) if wide <= 128 else (64, 32, 8, 2)
     if wide <= 64:
         return 128, 128, 8, 2 if tiles else 3
     if wide <= 128:
@@ -107,7 +108,7 @@ def _half(wide: int, number: int, more: bool, tiles: int) -> Sizes:
 
 
 def _full(wide: int) -> Sizes:
-    return (64, 32, 4, 2) if wide <= 128 else (32, 32, 4, 1)
+    return (64, 32, 4, 2) if wide <= 128 else (32, 16, 4, 1)
 
 
 def _amd(wide: int, full: bool) -> Sizes:
@@ -125,4 +126,6 @@ def _plain(wide: int, full: bool, backend: str) -> Sizes:
 
 def _decode(wide: int, full: bool, backend: str) -> Sizes:
     stages = 1 if backend == "hip" else 2
+    if full and wide > 128:
+        return 16, 32, 8, 1
     return 16, 64 if wide <= 128 and not full else 32, 4, stages
