@@ -16,8 +16,6 @@ from benchmarks.gpu.ceilings import measure as ceilings
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.group import Goal, verdicts
 from benchmarks.gpu.kinds import ALIBI, KEY, PAIR, PENGUIN, SWIN, T5, low_rank
-from benchmarks.gpu.lines import LINES, NotAvailable, TooLarge, failure, fatal
-from benchmarks.gpu.measure import measure
 from benchmarks.gpu.radial_kinds import FIELD, SCAN, SOLVER
 from tests.benchmarks.gpu_results import result
 
@@ -151,39 +149,6 @@ def test_ceilings_have_every_resource() -> None:
     found = ceilings(CPU)
     assert {"copy", "bfloat16", "float16", "tf32", "float32"} <= set(found)
     assert all(value > 0 for value in found.values())
-
-
-# Lines -------------------------------------------------------------------------------------------
-
-
-def test_rivals_compute_the_same_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are switched off here: ours says so, the planner's choice and the rivals agree."""
-    small = Case("f", T5, "cpu", 1, 2, 40, 16, dtype="float32", causal=True)
-    heard: list[str] = []
-    found = measure(small, CPU, budget=0.0, ceilings={}, say=heard.append, skip=("cuDNN",))
-    cells = found["lines"]
-    assert heard == [line.name for line in LINES if line.name != "cuDNN"]
-    assert cells["cuDNN"]["reason"] == "the process died, or hung, in this line"
-    assert cells["ours"]["status"] == "refused"
-    assert "switched off" in cells["ours"]["reason"]
-    for name in ("flash", "ours, planned", "SDPA, dense bias", "FlexAttention"):
-        assert cells[name]["status"] == "ok", cells[name]
-        assert max(cells[name]["error"].values()) < 1e-4, name
-        assert all(cells[name]["repeats"].values())
-        assert cells[name]["ratio"]["forward"] > 0
-    assert {"forward", "backward", "both"} == set(cells["ours, planned"]["ratio"])
-    assert found["bias_left_out"] > 0.05
-    assert "switched off" in group.reason(found)
-
-
-def test_what_cannot_be_measured_says_why() -> None:
-    assert failure(NotAvailable("no such backend"))["status"] == "not available"
-    assert failure(TooLarge("40 GB"))["status"] == "does not fit"
-    assert failure(torch.OutOfMemoryError("out of memory"))["status"] == "does not fit"
-    assert failure(ValueError("odd"))["reason"] == "ValueError: odd"
-    assert fatal(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    assert not fatal(RuntimeError("CUDA error: out of memory"))
-    assert not fatal(ValueError("odd"))
 
 
 # Goals -------------------------------------------------------------------------------------------
