@@ -39,7 +39,7 @@ def add(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "it as .jsonl",
     )
     parser.add_argument(
-        "--minutes", type=_minutes, default=9.0, help="for the calibration, default: 9"
+        "--minutes", type=_minutes, default=8.5, help="for the calibration, default: 8.5"
     )
     parser.add_argument(
         "--fresh", action="store_true", help="forget what an earlier calibration measured"

@@ -313,11 +313,11 @@ def ways(records: Sequence[Record]) -> dict[str, list[str]]:
 
 def counts_of(record: Record) -> dict[str, dict[str, float]]:
     """What each measured lowering does for the problem of a record."""
-    from attnbias.lowering import effort
+    from attnbias.lowering import work
 
     problem = problem_of(Case.of(record["case"]))
-    names = [name for name in record["seconds"] if name in effort.COUNTS]
-    return {name: effort.counts(name, problem) for name in names}
+    names = [name for name in record["seconds"] if name in work.COUNTS]
+    return {name: work.counts(name, problem) for name in names}
 
 
 def processor() -> str:

@@ -30,11 +30,12 @@ import torch
 
 from attnbias import native
 from attnbias.errors import AttnbiasError
-from attnbias.lowering import effort
+from attnbias.lowering import effort, work
 from attnbias.lowering.problem import Offer, Problem
 
 SHIPPED = Path(__file__).with_name("costs.json")
 VERSION = 1
+KEPT = 4096  # choices of a table that are remembered
 # Counts that name a structure.
 MANY = ("entries", "pull", "own reads", "own backward reads", "own sums")
 
@@ -45,25 +46,27 @@ class Table:
 
     device: as `device_kind` names it. seconds: of each count. lowerings: those that were measured,
     with the directions and formats they were measured in. measured: on what, with what, when.
+    chosen: what was found for problems that cost the same; a model asks the same again and again.
     """
 
     device: str
     seconds: Mapping[str, float]
     lowerings: Mapping[str, frozenset[str]]
     measured: str
+    chosen: dict[tuple[object, ...], str] = dataclasses.field(default_factory=dict, compare=False)
 
-    def measures(self, offer: Offer, problem: Problem) -> bool:
-        """Whether the lowering of an offer was measured in the direction and format of a
-        problem.
-        """
-        if offer.refused or problem.empty or offer.lowering not in effort.COUNTS:
-            return False
+    def measured_in(self, problem: Problem) -> frozenset[str]:
+        """The lowerings that were measured in the direction and format of a problem."""
+        if problem.empty:
+            return frozenset()
         way = f"{effort.direction(problem)} {format_name(problem.query.dtype)}"
-        return way in self.lowerings.get(offer.lowering, ())
+        return frozenset(
+            name for name, ways in self.lowerings.items() if way in ways and name in work.COUNTS
+        )
 
     def parts(self, lowering: str, problem: Problem) -> dict[str, float]:
         """Seconds of a lowering that offers on a problem, by count."""
-        return self.times(effort.counts(lowering, problem))
+        return self.times(work.counts(lowering, problem))
 
     def total(self, lowering: str, problem: Problem) -> float:
         """Seconds of a lowering that offers on a problem."""
@@ -79,7 +82,7 @@ class Table:
 
     def unbiased(self, problem: Problem) -> float:
         """Seconds of the same attention without its bias."""
-        return sum(self.times(effort.unbiased(problem)).values())
+        return sum(self.times(work.unbiased(problem)).values())
 
     def times(self, counts: effort.Counts) -> dict[str, float]:
         """Seconds of each count."""
@@ -211,12 +214,19 @@ def cheapest(problem: Problem, offers: Sequence[Offer]) -> Offer:
     known = table(problem.query.device)
     if known is None or not known.serves(problem):
         return min(offers, key=lambda offer: offer.time)
-    measured = [offer for offer in offers if known.measures(offer, problem)]
+    names = known.measured_in(problem)
+    measured = [offer for offer in offers if offer.lowering in names and not offer.refused]
     if not measured:
         return min(offers, key=lambda offer: offer.time)
     if len(measured) == 1:
         return measured[0]
-    return min(measured, key=lambda offer: known.total(offer.lowering, problem))
+    candidates = tuple(offer.lowering for offer in measured)
+    key = (candidates, *effort.Effort.of(problem).key())
+    if key not in known.chosen:
+        if len(known.chosen) >= KEPT:
+            known.chosen.clear()
+        known.chosen[key] = min(candidates, key=lambda name: known.total(name, problem))
+    return measured[candidates.index(known.chosen[key])]
 
 
 def priced(problem: Problem, offers: Sequence[Offer]) -> list[Offer]:
@@ -229,10 +239,10 @@ def priced(problem: Problem, offers: Sequence[Offer]) -> list[Offer]:
     floor = known.unbiased(problem) if known is not None and known.serves(problem) else 0.0
     if known is None or not floor:
         return sorted(offers, key=lambda offer: offer.time)
-    found = []
+    found, names = [], known.measured_in(problem)
     for offer in offers:
-        total = known.total(offer.lowering, problem) if known.measures(offer, problem) else 0.0
-        if total > 0.0:
+        if offer.lowering in names and not offer.refused:
+            total = known.total(offer.lowering, problem)
             offer = dataclasses.replace(offer, time=total / floor, seconds=total)
         found.append(offer)
     return sorted(found, key=lambda offer: (offer.refused, offer.seconds == 0.0, offer.time))

@@ -12,7 +12,7 @@ import torch
 
 from attnbias import cli, native
 from attnbias.cli import calibration, problems
-from attnbias.lowering import costs, effort
+from attnbias.lowering import costs, work
 
 CPU = torch.device("cpu")
 SMALL = {"most": 3e6, "least": 1e4}
@@ -157,7 +157,7 @@ def test_every_structure_is_built_and_counted(name: str) -> None:
     for one, two in zip(bias.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
     problem = calibration.problem_of(case)
-    counts = effort.counts("stream", problem)
+    counts = work.counts("stream", problem)
     assert counts["stream products"] > 0
 
 

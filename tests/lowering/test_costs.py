@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import attnbias as ab
 from attnbias import native
 from attnbias.attention import _problem
-from attnbias.lowering import LOWERINGS, Problem, choose, costs, effort, offers
+from attnbias.lowering import LOWERINGS, Problem, choose, costs, effort, offers, work
 
 CPU = torch.device("cpu")
 WAYS = [f"{way} {kind}" for way in effort.DIRECTIONS for kind in ("float32", "bfloat16")]
@@ -32,7 +33,7 @@ def written(path: Path, seconds: dict[str, float], device: str | None = None) ->
     table = {
         "device": device or costs.device_kind(CPU),
         "measured": "a made-up machine",
-        "lowerings": dict.fromkeys(effort.COUNTS, WAYS),
+        "lowerings": dict.fromkeys(work.COUNTS, WAYS),
         "seconds": seconds,
     }
     path.write_text(json.dumps({"version": costs.VERSION, "tables": [table]}), encoding="utf-8")
@@ -52,7 +53,7 @@ SECONDS = {"operator float32 products": 1e-11, "stream products": 2e-11, "own ca
 
 
 def test_products_are_features_times_scores() -> None:
-    found = effort.counts("sdpa", problem())
+    found = work.counts("sdpa", problem())
     assert found["operator float32 products"] == 8 * 300 * 300 * 32
     assert found["operator float32 masked"] == 0
     assert found["sdpa call"] == 1
@@ -60,8 +61,8 @@ def test_products_are_features_times_scores() -> None:
 
 
 def test_a_mask_counts_whole_tiles_on_its_edge() -> None:
-    whole = effort.counts("tiled", problem(1024, 1024, ab.forms.ALiBi(4)(1024)))
-    half = effort.counts("tiled", problem(1024, 1024, ab.forms.ALiBi(4)(1024), causal=True))
+    whole = work.counts("tiled", problem(1024, 1024, ab.forms.ALiBi(4)(1024)))
+    half = work.counts("tiled", problem(1024, 1024, ab.forms.ALiBi(4)(1024), causal=True))
     share = half["operator float32 scores"] / whole["operator float32 scores"]
     assert share == pytest.approx((4 + 3 + 2 + 1) / 16, abs=2e-3)
 
@@ -69,11 +70,11 @@ def test_a_mask_counts_whole_tiles_on_its_edge() -> None:
 @pytest.mark.parametrize("name", ["tiled", "stream", "own"])
 def test_segments_and_neighbourhoods_skip_what_no_query_of_a_tile_sees(name: str) -> None:
     ids = torch.arange(2048) // 512
-    seen = effort.counts(name, problem(2048, 2048, ab.Segments(ids, ids)))
-    every = effort.counts(name, problem(2048, 2048, ab.forms.ALiBi(4)(2048)))
+    seen = work.counts(name, problem(2048, 2048, ab.Segments(ids, ids)))
+    every = work.counts(name, problem(2048, 2048, ab.forms.ALiBi(4)(2048)))
     what = "operator float32 scores" if name == "tiled" else f"{name} scores"
     assert 0.25 <= seen[what] / every[what] <= 0.4
-    near = effort.counts(name, problem(2048, 2048, ab.Neighborhood((32, 64), (5, 5))))
+    near = work.counts(name, problem(2048, 2048, ab.Neighborhood((32, 64), (5, 5))))
     assert 5 / 32 <= near[what] / every[what] <= 13 / 32
 
 
@@ -82,7 +83,7 @@ def test_entries_that_are_shared_are_counted_once() -> None:
     one = ab.Distance(points, points, ab.radial.Scalar(-1.0))
     many = ab.Distance(points, points, ab.radial.Scalar(-torch.ones(4)))
     for name in ("tiled", "own"):
-        few, all_ = (effort.counts(name, problem(600, 600, b)) for b in (one, many))
+        few, all_ = (work.counts(name, problem(600, 600, b)) for b in (one, many))
         assert all_["entries Distance Scalar"] == 4 * few["entries Distance Scalar"]
 
 
@@ -90,18 +91,18 @@ def test_backward_passes_are_those_that_run() -> None:
     table = torch.randn(4, 599)
     fixed = problem(300, 300, ab.Relative(table, queries=300, keys=300))
     fixed.query.requires_grad_()
-    assert "operator backward float32 products" in effort.counts("strided", fixed)
-    assert "tiles products" in effort.counts("stream", fixed)
-    assert "own backward products" in effort.counts("own", fixed)
-    assert not any("pull" in name for name in effort.counts("stream", fixed))
+    assert "operator backward float32 products" in work.counts("strided", fixed)
+    assert "tiles products" in work.counts("stream", fixed)
+    assert "own backward products" in work.counts("own", fixed)
+    assert not any("pull" in name for name in work.counts("stream", fixed))
     learned = problem(300, 300, ab.Relative(table.requires_grad_(), queries=300, keys=300))
     assert effort.direction(learned) == "learned"
     for name in ("strided", "stream", "tiled"):
-        found = effort.counts(name, learned)
+        found = work.counts(name, learned)
         assert "tiles products" in found
         assert found["pull Relative"] > 0
         assert "operator backward float32 products" not in found
-    assert effort.counts("own", learned)["own sums Relative"] > 0
+    assert work.counts("own", learned)["own sums Relative"] > 0
 
 
 def test_every_lowering_that_offers_on_a_processor_is_counted() -> None:
@@ -120,15 +121,15 @@ def test_every_lowering_that_offers_on_a_processor_is_counted() -> None:
     for bias in biases:
         given = problem(bias=bias)
         for offer in offers(given):
-            if offer.refused or offer.lowering not in effort.COUNTS:
+            if offer.refused or offer.lowering not in work.COUNTS:
                 continue
             offering.add(offer.lowering)
-            found = effort.counts(offer.lowering, given)
+            found = work.counts(offer.lowering, given)
             assert all(number >= 0 for number in found.values()), (offer.lowering, found)
     outside = {"reference", "triton", "flex"}
     wanted = set(LOWERINGS) - outside - (set() if native.available() else {"own"})
     assert offering == wanted
-    assert set(effort.COUNTS) == set(LOWERINGS) - outside
+    assert set(work.COUNTS) == set(LOWERINGS) - outside
 
 
 # Prices ------------------------------------------------------------------------------------------
@@ -206,6 +207,37 @@ def test_an_unknown_structure_is_taken_as_the_middle_of_the_known(tmp_path: Path
         "nobody's": 0.0,
         "entries B": 3.0,
     }
+
+
+def test_a_choice_is_remembered_and_another_problem_is_another(
+    tmp_path: Path, loops: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fresh(**change: object) -> Problem:
+        found: Problem = problem(**{"bias": ab.forms.ALiBi(4)(300)} | change)
+        return found
+
+    q = torch.randn(2, 4, 300, 16)
+    ids = torch.arange(300) // 100
+    others = [
+        fresh(causal=True),
+        fresh(size=24),
+        fresh(bias=ab.forms.ALiBi(4, slopes=torch.rand(4, requires_grad=True))(300)),
+        fresh(bias=ab.forms.ALiBi(4)(300) + ab.KeyBias(torch.randn(300))),
+        fresh(bias=ab.forms.ALiBi(4)(300) + ab.Padding(torch.arange(300) < 200)),
+        fresh(bias=ab.forms.ALiBi(4)(300) + ab.Segments(ids, ids)),
+        fresh(n=30, bias=ab.forms.ALiBi(4)(30, 300)),
+        dataclasses.replace(fresh(), query=q.requires_grad_()),
+        dataclasses.replace(fresh(), dropout=0.1),
+        dataclasses.replace(fresh(), key=torch.randn(2, 2, 300, 16)),
+    ]
+    keys = [effort.Effort.of(one).key() for one in [fresh(), *others]]
+    assert effort.Effort.of(fresh()).key() == keys[0]
+    assert len(set(keys)) == len(keys)
+    with costs.using(written(tmp_path / "costs.json", SECONDS)):
+        first = [choose(one).name for one in others]
+        assert [offers(one)[0].lowering for one in others] == first
+        monkeypatch.setattr(costs.Table, "total", lambda *_: pytest.fail("counted again"))
+        assert [choose(one).name for one in others] == first
 
 
 # Files -------------------------------------------------------------------------------------------
