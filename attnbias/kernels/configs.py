@@ -12,6 +12,8 @@ import torch
 
 from attnbias import kernels
 
+SMALL = (86, 89, 120, 121)  # cards with 99 kB of shared memory
+
 
 @dataclass(frozen=True)
 class Config:
@@ -74,6 +76,7 @@ def choose(
     if kernels.interpreted():
         return Config(32, 32, 4, 1, "ieee", 32 if wide > 128 else 0)
     backend, number = card()
+    small = number in SMALL
     full = dtype == torch.float32
     chunk = 0
     if kernel == "decode":
@@ -85,18 +88,20 @@ def choose(
         rows, cols, warps, stages = _amd(wide, full)
     elif full:
         rows, cols, warps, stages = _full(wide)
-        chunk = 16 if 64 < wide <= 128 else 32 if wide > 128 or number >= 100 else 0
+        chunk = 16 if 64 < wide <= 128 else 32 if wide > 128 or number in (100, 103) else 0
     else:
-        rows, cols, warps, stages = _half(wide, number, rank > 0 or tiles > 0, tiles)
-        chunk = 64 if wide > 128 and number < 90 else 0
+        mma = small or number < 90  # products of a warp, not of four
+        rows, cols, warps, stages = _half(wide, mma, rank > 0 or tiles > 0, tiles)
+        stages = 2 if small else stages
+        chunk = 64 if wide > 128 and mma else 0
     return Config(rows, cols, warps, stages, precision(dtype), chunk)
 
 
 Sizes = tuple[int, int, int, int]
 
 
-def _half(wide: int, number: int, more: bool, tiles: int) -> Sizes:
-    if number < 90:
+def _half(wide: int, mma: bool, more: bool, tiles: int) -> Sizes:
+    if mma:
         if wide <= 64:
             return 128, 64, 4, 3
         return (128, 32, 8, 3) if wide <= 128 else (64, 32, 8, 2)

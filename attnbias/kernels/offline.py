@@ -44,6 +44,8 @@ CARDS = {
         Card("sm_90", "cuda", 90, 32, 227 * 1024, 1),
         Card("sm_100", "cuda", 100, 32, 227 * 1024, 2),
         Card("gfx942", "hip", "gfx942", 64, 64 * 1024, 3),
+        Card("sm_89", "cuda", 89, 32, 99 * 1024, 4),
+        Card("sm_120", "cuda", 120, 32, 99 * 1024, 5),
     )
 }
 
@@ -171,10 +173,10 @@ def kind_of(operation: str) -> str:
     return "integers"
 
 
-def instructions(binary: bytes) -> list[tuple[int, str, int | None]]:
-    """``(address, operation, address branched to)`` of a kernel's machine code."""
+def instructions(text: str) -> list[tuple[int, str, int | None]]:
+    """``(address, operation, address branched to)`` of a kernel's machine code, written out."""
     found = []
-    for line in tool("cuobjdump", "-sass", binary=binary).splitlines():
+    for line in text.splitlines():
         match = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);", line)
         if match:
             place, operation, rest = match.groups()
@@ -183,11 +185,16 @@ def instructions(binary: bytes) -> list[tuple[int, str, int | None]]:
     return found
 
 
-def loops(binary: bytes) -> list[dict[str, int]]:
+def code_of(compiled: Compiled) -> str:
+    """The machine code of a kernel for an NVIDIA card, as text."""
+    return tool("cuobjdump", "-sass", binary=compiled.binary)
+
+
+def loops(text: str) -> list[dict[str, int]]:
     """Instructions of each innermost loop that makes exponentials and products, counted by kind,
     shortest first. Loops that wait for a barrier are part of the one around them.
     """
-    code = instructions(binary)
+    code = instructions(text)
     ranges = [(to, at) for at, _, to in code if to is not None and to < at]
     counted = [(part, _counts(code, *part)) for part in ranges]
     made = [(part, c) for part, c in counted if c["exponentials"] and c["products"]]
