@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnbias.kernels import configs
+from attnbias.kernels import configs, points_configs
 from attnbias.kernels.decode import decode_pass, few
 from attnbias.kernels.forward import forward
 
@@ -131,6 +131,7 @@ def _forward(
     groups, m, width = value.shape[1:]
     tiles = sum(kind != "row" for kind in given.kinds)
     config = configs.choose("forward", query.dtype, size, width, given.rank, tiles)
+    config = points_configs.fitting(config, given.kinds)
     kernel: Any = forward
     kernel[(triton.cdiv(n, config.rows) * batch * heads,)](
         query,

@@ -1,0 +1,42 @@
+"""Tiles for kernels that measure distances: entries of these take registers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from attnbias import kernels
+from attnbias.kernels.configs import Config
+from attnbias.kernels.kinds import Kind
+
+LIGHT, HEAVY, MANY = 32, 16, 8  # scores of a thread
+
+
+def fitting(config: Config, kinds: tuple[Any, ...], sums: int = 0, owner: str = "rows") -> Config:
+    """The configuration with a tile small enough for the distances among the terms.
+
+    sums: how many a program takes on the way; owner: the side of the tile that stays as it is, of
+    which there must be 16 for each warp.
+    """
+    load = sum(_load(kind) for kind in kinds if isinstance(kind, Kind) and kind[0] == "points")
+    if not load or kernels.interpreted():
+        return config
+    most = MANY if sums > 12 else HEAVY if load > 8 or sums else LIGHT
+    lanes = 32 if torch.version.hip is None else 64
+    rows, cols, warps = config.rows, config.cols, config.warps
+    owned, other = (rows, cols) if owner == "rows" else (cols, rows)
+    if owned * other > most * lanes * warps and owned >= 32 * warps and warps < 8:
+        warps *= 2
+    while owned * other > most * lanes * warps and other > 16:
+        other //= 2
+    rows, cols = (owned, other) if owner == "rows" else (other, owned)
+    return dataclasses.replace(config, rows=rows, cols=cols, warps=warps)
+
+
+def _load(kind: Kind) -> int:
+    """What is kept of each key and of each entry, roughly in registers."""
+    _, metric, axes, split, _, form, *_ = kind.parts
+    places = axes * (2 if split else 1) * (2 if metric == "sphere" else 1)
+    return int(places) + {"linear": 1, "table": 8, "chip": 8}.get(form, 2)
