@@ -125,7 +125,7 @@ def test_kernels_fit(card: str, name: str) -> None:
 
 @pytest.mark.slow
 def test_what_a_bias_adds() -> None:
-    """Keys and diagonals together take fewer instructions than three quarters of a softmax alone."""
+    """Keys and diagonals together take less than three quarters of a softmax alone."""
     rows = made("sm_90", *CASES[:2])
     plain, biased = (
         sum(row["loops"][0].values())
