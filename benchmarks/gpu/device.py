@@ -25,6 +25,7 @@ from benchmarks.timing import Timing, rounds_for
 Call = Callable[[], Any]
 LEAST_FLUSH = 256 * 2**20  # bytes; at least twice the L2 cache
 LONGEST_HOLD = 0.05  # seconds that the queue is held up at most
+SLOW = 4.0  # times the budget: a round that takes longer is repeated once
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,9 @@ def turns(
     """Samples of every line by turns, the first to run changing from round to round.
 
     A line is ``(prepare, call)``: `prepare` runs outside the timed region and its result goes to
-    `call` (a graph to go backward through). The first round warms up and tells how long the host
-    needs to launch each call; the second how many rounds fit the budget.
+    `call` (a graph to go backward through). What is compiled was compiled before. The first round
+    warms up and tells how long the host needs to launch each call; the second how many rounds fit
+    the budget: at least `least`, or two where a round is far beyond it.
     """
     alive = dict(lines)
     holds: dict[str, float] = {}
@@ -178,10 +180,8 @@ def turns(
 
     if not device.rehearsal:
         one_round(0, keep=False)
-        # What was compiled in the first round must not count as time to launch.
-        holds.clear()
-        one_round(1, keep=False)
     first = one_round(0, keep=True)
+    least = least if first < SLOW * budget else 2
     count = 1 if device.rehearsal else rounds_for(first, budget=budget, least=least, most=most)
     for index in range(1, count):
         one_round(index, keep=True)

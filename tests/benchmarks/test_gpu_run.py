@@ -60,7 +60,7 @@ def test_a_sample_is_what_lies_between_two_events(monkeypatch: pytest.MonkeyPatc
     assert log == [f"hold {int(1e-3 * 5e9)}", "record", "call", "record", "wait"]
     log.clear()
     lines: dict[str, Any] = {"one": (lambda: log.append("prepare"), lambda _: log.append("call"))}
-    found = turns(card, lines, budget=0.0, least=2, on_error=lambda *_: None)
+    found = turns(card, lines, budget=1e3, least=2, most=2, on_error=lambda *_: None)
     assert found["one"].samples == (0.004, 0.004)
     between = " ".join(log).split("record")[1::2]
     assert {part.strip() for part in between} == {"call"}  # a graph is made outside
