@@ -27,6 +27,7 @@ from benchmarks import common
 MODULE = "benchmarks.gpu"
 FOLDER = common.RESULTS / "gpu"
 PATIENCE = 180.0  # seconds without a word after which a process is taken to hang
+SEEN = 0.05  # of the largest output: what a bias must move it by in a rehearsal
 GRACE = 30.0  # seconds after the end of the time until a process is ended
 
 
@@ -269,6 +270,8 @@ def broken(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 found.append(f"{key}, {name}: {cell['reason']}")
         if "case" in group and (why := reason(group)):
             found.append(f"{key}, ours: {why}")
+        if group.get("bias_left_out", 1.0) < SEEN:
+            found.append(f"{key}: leaving the bias out would not show")
         if "model" in group:
             errors = {n: c["error"]["output"] for n, c in group["lines"].items() if "error" in c}
             fused = errors.pop("fused", None)

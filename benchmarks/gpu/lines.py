@@ -22,6 +22,7 @@ from benchmarks.gpu.device import Device
 
 FLOOR, CUDNN, BARE, OURS, PLANNED = "flash", "cuDNN", "ours, no bias", "ours", "ours, planned"
 DENSE, CUDNN_DENSE, FLEX = "SDPA, dense bias", "cuDNN, dense bias", "FlexAttention"
+FATAL = ("CUDA error", "Triton Error [CUDA]", "Triton Error [HIP]", "HIP error")
 DENSE_SHARE = 0.3  # of the free memory that a dense bias may take
 
 # query, key, value, parameters -> output
@@ -223,6 +224,6 @@ def failure(error: BaseException) -> dict[str, str]:
 def fatal(error: BaseException) -> bool:
     """Whether the device is lost to this process: nothing that it says from here on is true."""
     words = str(error)
-    return type(error).__name__ == "AcceleratorError" or (
-        "CUDA error" in words and "out of memory" not in words
-    )
+    if "out of memory" in words or "out of resource" in words:
+        return False
+    return type(error).__name__ == "AcceleratorError" or any(one in words for one in FATAL)

@@ -22,7 +22,11 @@ WALLS = 3  # calls whose whole duration is measured
 
 
 class Lost(RuntimeError):
-    """The device is lost to this process, and with it the case; the text names the line."""
+    """The device is lost to this process, and with it the case; `line` did it."""
+
+    def __init__(self, line: str, error: BaseException) -> None:
+        super().__init__(f"{line}: {failure(error)['reason']}")
+        self.line = line
 
 
 class Way:
@@ -105,7 +109,7 @@ def measure(
             ways[line.name] = way
         except Exception as error:
             if fatal(error):
-                raise Lost(f"{line.name}: {failure(error)['reason']}") from error
+                raise Lost(line.name, error) from error
             cells[line.name] = failure(error)
         gc.collect()
         device.empty()
@@ -167,7 +171,7 @@ def timed(
 
     def on_error(name: str, error: Exception) -> None:
         if fatal(error):
-            raise Lost(f"{name}: {failure(error)['reason']}") from error
+            raise Lost(name, error) from error
         cells[name] |= failure(error)
 
     forward = {name: (None, lambda _, way=way: way.forward()) for name, way in ways.items()}

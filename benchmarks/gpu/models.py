@@ -203,7 +203,7 @@ def measure(model: Model, rehearse: bool, context: Context) -> dict[str, Any]:
             ways[name] = way
         except Exception as error:
             if fatal(error):
-                raise Lost(f"{name}: {failure(error)['reason']}") from error
+                raise Lost(name, error) from error
             cells[name] = failure(error)
         gc.collect()
         device.empty()

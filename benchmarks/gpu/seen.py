@@ -129,7 +129,7 @@ def measure(length: int, causal: bool, biased: bool, context: Context) -> dict[s
             cells[OURS] = checked(here, both, truth(here, q, k, parameters.get("table"), ids))
         except Exception as error:
             if fatal(error):
-                raise Lost(f"{OURS}: {failure(error)['reason']}") from error
+                raise Lost(OURS, error) from error
             cells[OURS] = failure(error)
             calls.pop(FORWARD, None)
 

@@ -75,12 +75,13 @@ def measure_all(
         try:
             found = group.run(context)
         except Lost as lost:
+            tell({"at": lost.line, "of": group.key})
             tell({"lost": str(lost), "of": group.key})
             raise
         except Exception as error:
-            if fatal(error):
+            if fatal(error):  # in the line that ran last
                 tell({"lost": str(error)[:300], "of": group.key})
-                raise Lost(str(error)) from error
+                raise Lost("a line before", error) from error
             found = failure(error)
         seconds = time.perf_counter() - begin
         longest[group.script] = max(longest.get(group.script, 0.0), seconds)

@@ -71,5 +71,7 @@ def test_what_cannot_be_measured_says_why() -> None:
     assert failure(torch.OutOfMemoryError("out of memory"))["status"] == "does not fit"
     assert failure(ValueError("odd"))["reason"] == "ValueError: odd"
     assert fatal(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert fatal(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
     assert not fatal(RuntimeError("CUDA error: out of memory"))
+    assert not fatal(RuntimeError("out of resource: shared memory"))
     assert not fatal(ValueError("odd"))

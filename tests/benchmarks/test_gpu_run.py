@@ -20,6 +20,7 @@ from benchmarks.gpu.case import Case
 from benchmarks.gpu.device import Device, turns
 from benchmarks.gpu.group import Context, Group
 from benchmarks.gpu.kinds import KEY
+from benchmarks.gpu.measure import Lost
 from tests.benchmarks.gpu_results import result
 
 CPU = Device("cpu")
@@ -219,6 +220,21 @@ def test_no_group_is_begun_that_would_end_too_late(suite: None) -> None:
     todo = list(work.all_groups(False).values())
     assert work.measure_all(todo, CPU, told.append, budget=0.0, until=0.0, ceilings={}) == 3
     assert told == []
+
+
+def test_the_line_that_lost_the_device_is_named() -> None:
+    def run(context: Context) -> dict[str, Any]:
+        context.say("FlexAttention")  # the last that began; the error came up in another
+        raise Lost("ours", RuntimeError("CUDA error: an illegal memory access"))
+
+    told: list[Mapping[str, Any]] = []
+    with pytest.raises(Lost, match="ours: RuntimeError: CUDA error"):
+        work.measure_all(
+            [Group("t5", "one", run)], CPU, told.append,
+            budget=0.0, until=time.time() + 60, ceilings={},
+        )  # fmt: skip
+    places = [one["at"] for one in told if "at" in one]
+    assert places == ["FlexAttention", "ours"]
 
 
 def test_results_of_a_rehearsal_are_written_nowhere(
