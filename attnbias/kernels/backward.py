@@ -111,6 +111,42 @@ def product(x, x_more, y, y_more, MORE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def chunks(
+    x, xm, y, y_step, rows, ym, size, TALL: tl.constexpr, WIDE: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``x y^T (TALL, WIDE)``, CHUNK features at a time, read where they lie: for heads too wide to
+    stay in the registers. x: pointers to its rows, y: one to its first row.
+    """
+    d = tl.arange(0, CHUNK)
+    s = tl.zeros((TALL, WIDE), tl.float32)
+    for ahead in range(0, size, CHUNK):
+        some = (ahead + d < size)[None, :]
+        one = tl.load(x + (ahead + d)[None, :], mask=xm[:, None] & some, other=0.0)
+        two = y + rows[:, None] * y_step + (ahead + d)[None, :]
+        two = tl.load(two, mask=ym[:, None] & some, other=0.0)
+        s = add_dot(s, one, tl.trans(two), PRECISION)
+    return s
+
+
+@triton.jit
+def add_fine(total, ds, factor, SPLITS: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + ds factor``, both float32: with SPLITS from products of bfloat16, of the first and
+    the second eight bits of each, which err by 2^-16.
+    """
+    if SPLITS:
+        one, more = ds.to(tl.bfloat16), factor.to(tl.bfloat16)
+        rest = (factor - more.to(tl.float32)).to(tl.bfloat16)
+        total = add_dot(total, one, more, PRECISION)
+        total = add_dot(total, one, rest, PRECISION)
+        rest = (ds - one.to(tl.float32)).to(tl.bfloat16)
+        total = add_dot(total, rest, more, PRECISION)
+    else:
+        total = add_dot(total, ds, factor, PRECISION)
+    return total
+
+
+@triton.jit
 def weights(
     s, unit, logs, terms, places, b, h, i, j, im, jm, n,
     KINDS: tl.constexpr, BAND: tl.constexpr, RANGES: tl.constexpr, MASKED: tl.constexpr,

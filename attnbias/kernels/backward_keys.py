@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnbias.kernels.backward import product, row_values, weights
+from attnbias.kernels.backward import add_fine, chunks, product, row_values, weights
 from attnbias.kernels.forward import edges, part, store
 from attnbias.kernels.pattern import kept_tile
 from attnbias.kernels.points_gradients import add_cols, start_cols, store_cols
@@ -24,12 +24,13 @@ def keys_sweep(
     size: tl.constexpr, width: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr,
     FACTORS: tl.constexpr, BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROW: tl.constexpr, POINTS: tl.constexpr,
-    PRECISION: tl.constexpr, FINE: tl.constexpr, FOLDS: tl.constexpr,
-    MASKED: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, FOLDS: tl.constexpr,
+    CHUNK: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
     """Adds to `sums` what `count` tiles of queries bring, from `start`, with a `gap` after the
-    first `before` of them. Not MASKED: every entry is seen.
+    first `before` of them. Not MASKED: every entry is seen. k, v: tiles of keys and values, or
+    with a CHUNK of features that are multiplied at a time pointers to them.
     """
     dk, dk_more, dv, dv_more, row, right_sums, points = sums
     for t in range(count):
@@ -53,7 +54,11 @@ def keys_sweep(
         if WIDTH_MORE > 0:
             do_more = part(tile, grad_step, r, im, width, WIDTH, WIDTH_MORE, MASKED)
         logs, less = row_values(lse, delta, b, h, heads, i, im, n)
-        s = product(k, k_more, q, q_more, SIZE_MORE, PRECISION)
+        if CHUNK > 0:
+            tile = queries + from_row * query_step
+            s = chunks(k, jm, tile, query_step, r, im, size, COLS, ROWS, CHUNK, PRECISION)
+        else:
+            s = product(k, k_more, q, q_more, SIZE_MORE, PRECISION)
         if not FOLDS:
             s = s * scale
         if RANK > 0:
@@ -74,7 +79,12 @@ def keys_sweep(
             if WIDTH_MORE > 0:
                 dv_more = add_dot(dv_more, stays, do_more, PRECISION)
         if KEY or ROW or FACTORS > 0 or POINTS is not None:
-            dp = tl.trans(product(v, v_more, do, do_more, WIDTH_MORE, PRECISION))
+            if CHUNK > 0:
+                tile = grads + from_row * grad_step
+                dp = chunks(v, jm, tile, grad_step, r, im, width, COLS, ROWS, CHUNK, PRECISION)
+            else:
+                dp = product(v, v_more, do, do_more, WIDTH_MORE, PRECISION)
+            dp = tl.trans(dp)
             if DROPS:
                 dp = tl.where(kept, dp * drop.factor, 0.0)
             ds = p * (dp - less[:, None])
@@ -91,7 +101,7 @@ def keys_sweep(
             if FACTORS > 0:
                 tile = factors + from_row * factor_step
                 factor = part(tile, factor_step, r, im, FACTORS, 0, FACTORS, MASKED)
-                right_sums = add_dot(right_sums, ds, factor, FINE)
+                right_sums = add_fine(right_sums, ds, factor, SPLITS, PRECISION)
     return dk, dk_more, dv, dv_more, row, right_sums, points
 
 
@@ -104,17 +114,16 @@ def keys_pass(
     size: tl.constexpr, width: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr,
     FACTORS: tl.constexpr, BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr,
     KEY: tl.constexpr, VALUE: tl.constexpr, ROW: tl.constexpr, POINTS: tl.constexpr,
-    PRECISION: tl.constexpr, FINE: tl.constexpr, FOLDS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, FOLDS: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
     """One program: COLS keys of one group of heads, all heads of the group.
 
     Wanted are KEY: dk ``(b, group, j, size)``, VALUE: dv, ROW: drow ``(b, h, j)``, FACTORS (the
     columns of `factors`, or 0): dright ``(b, h, j, FACTORS)``, both float32 and contiguous,
-    POINTS: see `points_gradients`, or None. rows: `Rows` or None. FINE: how products with factors
-    are made. unit: see `weights`,
-    if FOLDS with the scale. The rest as in `forward`.
+    POINTS: see `points_gradients`, or None. rows: `Rows` or None. SPLITS: see `add_fine`. unit:
+    see `weights`; if FOLDS with the scale. CHUNK: see `keys_sweep`. The rest as in `forward`.
     """
     blocks = tl.cdiv(m, COLS)
     groups = heads // share
@@ -129,13 +138,17 @@ def keys_pass(
     from_key = left_key.to(tl.int64)
     keys = key + b * key_steps[0] + group * key_steps[1] + from_key * key_steps[2]
     values = value + b * value_steps[0] + group * value_steps[1] + from_key * value_steps[2]
-    k = part(keys, key_steps[2], c, jm, size, 0, SIZE, True)
+    k = keys + c[:, None] * key_steps[2]
+    if CHUNK == 0:
+        k = part(keys, key_steps[2], c, jm, size, 0, SIZE, True)
     k_more = k
-    if SIZE_MORE > 0:
+    if SIZE_MORE > 0 and CHUNK == 0:
         k_more = part(keys, key_steps[2], c, jm, size, SIZE, SIZE_MORE, True)
-    v = part(values, value_steps[2], c, jm, width, 0, WIDTH, True)
+    v = values + c[:, None] * value_steps[2]
+    if CHUNK == 0:
+        v = part(values, value_steps[2], c, jm, width, 0, WIDTH, True)
     v_more = v
-    if WIDTH_MORE > 0:
+    if WIDTH_MORE > 0 and CHUNK == 0:
         v_more = part(values, value_steps[2], c, jm, width, WIDTH, WIDTH_MORE, True)
     first = tl.zeros((), tl.int32)
     last = first + n
@@ -195,7 +208,7 @@ def keys_pass(
             start + before * ROWS, whole, 0, whole, b, h, heads, j, jm, n, scale, unit,
             terms, places, drop,
             size, width, KINDS, RANK, FACTORS, BAND, RANGES, DROPS, KEY, VALUE, ROW, POINTS,
-            PRECISION, FINE, FOLDS, False, ROWS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+            PRECISION, SPLITS, FOLDS, CHUNK, False, ROWS, COLS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
         )  # fmt: skip
         found = keys_sweep(
             found, k, k_more, v, v_more, right,
@@ -204,7 +217,7 @@ def keys_pass(
             start, before, whole * ROWS, before + after, b, h, heads, j, jm, n, scale, unit,
             terms, places, drop,
             size, width, KINDS, RANK, FACTORS, BAND, RANGES, DROPS, KEY, VALUE, ROW, POINTS,
-            PRECISION, FINE, FOLDS, True, ROWS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+            PRECISION, SPLITS, FOLDS, CHUNK, True, ROWS, COLS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
         )  # fmt: skip
         sums, sums_more, values_sums, values_more, row, right_sums, points = found
         if ROW:

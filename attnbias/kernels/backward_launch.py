@@ -152,9 +152,9 @@ class Work:
             "WIDTH": wide,
             "WIDTH_MORE": wider,
             "FACTORS": 0 if factors is None else factors.left.shape[-1],
-            # Rounded to 11 bits: no worse than the rounding of the gradients of half formats.
             "FOLDS": self.folds,
-            "FINE": "tf32" if half and config.precision == "tf32x3" else config.precision,
+            "CHUNK": config.chunk,
+            "SPLITS": half,
         }
         return {**self.constants(config), **own}
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnbias.kernels.backward import add_line, diagonal_sums, product, row_values, weights
+from attnbias.kernels.backward import (
+    add_fine,
+    add_line,
+    chunks,
+    diagonal_sums,
+    product,
+    row_values,
+    weights,
+)
 from attnbias.kernels.forward import edges, part, store
 from attnbias.kernels.pattern import kept_tile
 from attnbias.kernels.places import span, whole_span
@@ -21,13 +29,14 @@ def queries_sweep(
     size: tl.constexpr, width: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr,
     FACTORS: tl.constexpr, BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr,
     QUERY: tl.constexpr, LINE: tl.constexpr, POINTS: tl.constexpr,
-    PRECISION: tl.constexpr, FINE: tl.constexpr, FOLDS: tl.constexpr, MASKED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, FOLDS: tl.constexpr,
+    CHUNK: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
     """Adds to `sums` what `count` tiles of keys bring, from `start`, with a `gap` after the first
     `before` of them. Not MASKED: every entry is seen. line_at: of the tile at key 0, where the
-    main diagonal of the tile is in the line.
+    main diagonal of the tile is in the line. q, do: tiles, or with a CHUNK of features that are
+    multiplied at a time pointers to them.
     """
     dq, dq_more, left_sums, points, ahead, behind = sums
     for t in range(count):
@@ -45,12 +54,11 @@ def queries_sweep(
         k_more = k
         if SIZE_MORE > 0:
             k_more = part(tile, key_step, c, jm, size, SIZE, SIZE_MORE, MASKED)
-        tile = values + from_key * value_step
-        v = part(tile, value_step, c, jm, width, 0, WIDTH, MASKED)
-        v_more = v
-        if WIDTH_MORE > 0:
-            v_more = part(tile, value_step, c, jm, width, WIDTH, WIDTH_MORE, MASKED)
-        s = product(q, q_more, k, k_more, SIZE_MORE, PRECISION)
+        if CHUNK > 0:
+            tile = keys + from_key * key_step
+            s = chunks(q, im, tile, key_step, c, jm, size, ROWS, COLS, CHUNK, PRECISION)
+        else:
+            s = product(q, q_more, k, k_more, SIZE_MORE, PRECISION)
         if not FOLDS:
             s = s * scale
         if RANK > 0:
@@ -59,7 +67,15 @@ def queries_sweep(
         p = weights(
             s, unit, logs, terms, places, b, h, i, j, im, jm, n, KINDS, BAND, RANGES, MASKED
         )
-        dp = product(do, do_more, v, v_more, WIDTH_MORE, PRECISION)
+        tile = values + from_key * value_step
+        if CHUNK > 0:
+            dp = chunks(do, im, tile, value_step, c, jm, width, ROWS, COLS, CHUNK, PRECISION)
+        else:
+            v = part(tile, value_step, c, jm, width, 0, WIDTH, MASKED)
+            v_more = v
+            if WIDTH_MORE > 0:
+                v_more = part(tile, value_step, c, jm, width, WIDTH, WIDTH_MORE, MASKED)
+            dp = product(do, do_more, v, v_more, WIDTH_MORE, PRECISION)
         if DROPS:
             dp = tl.where(kept_tile(drop, b, h, i, j), dp * drop.factor, 0.0)
         ds = p * (dp - less[:, None])
@@ -71,7 +87,7 @@ def queries_sweep(
         if FACTORS > 0:
             tile = factors + from_key * factor_step
             factor = part(tile, factor_step, c, jm, FACTORS, 0, FACTORS, MASKED)
-            left_sums = add_dot(left_sums, ds, factor, FINE)
+            left_sums = add_fine(left_sums, ds, factor, SPLITS, PRECISION)
         if POINTS is not None:
             points = add_rows(points, ds, terms, KINDS, POINTS, b, h, i, j, im, jm)
         if LINE:
@@ -95,8 +111,8 @@ def queries_pass(
     size: tl.constexpr, width: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr,
     FACTORS: tl.constexpr, BAND: tl.constexpr, RANGES: tl.constexpr, DROPS: tl.constexpr,
     QUERY: tl.constexpr, LINE: tl.constexpr, POINTS: tl.constexpr,
-    PRECISION: tl.constexpr, FINE: tl.constexpr, FOLDS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    PRECISION: tl.constexpr, SPLITS: tl.constexpr, FOLDS: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_MORE: tl.constexpr,
 ):  # fmt: skip
     """One program: blocks of ROWS queries, every programs-th of those of one entry of a table.
@@ -104,8 +120,8 @@ def queries_pass(
     Wanted are QUERY: dq like query, FACTORS (the columns of `factors`, or 0): dleft ``(b, h, i,
     FACTORS)``, float32 and contiguous, LINE: sums over diagonals (ROWS <= 2 COLS), POINTS: see
     `points_gradients`, or None. lines: `Lines`, whose batch and heads say what has an entry of its
-    own. FINE: how products with factors are made. unit: see `weights`,
-    if FOLDS with the scale. The rest as in `forward`.
+    own. SPLITS: see `add_fine`. unit: see `weights`; if FOLDS with the scale. CHUNK: see
+    `queries_sweep`. The rest as in `forward`.
     """
     entry = tl.program_id(0) // programs
     blocks = tl.cdiv(n, ROWS)
@@ -125,13 +141,17 @@ def queries_pass(
         above = (block * ROWS).to(tl.int64)
         queries = query + b * query_steps[0] + h * query_steps[1] + above * query_steps[2]
         grads = grad + b * grad_steps[0] + h * grad_steps[1] + above * grad_steps[2]
-        q = part(queries, query_steps[2], r, im, size, 0, SIZE, True)
+        q = queries + r[:, None] * query_steps[2]
+        if CHUNK == 0:
+            q = part(queries, query_steps[2], r, im, size, 0, SIZE, True)
         q_more = q
-        if SIZE_MORE > 0:
+        if SIZE_MORE > 0 and CHUNK == 0:
             q_more = part(queries, query_steps[2], r, im, size, SIZE, SIZE_MORE, True)
-        do = part(grads, grad_steps[2], r, im, width, 0, WIDTH, True)
+        do = grads + r[:, None] * grad_steps[2]
+        if CHUNK == 0:
+            do = part(grads, grad_steps[2], r, im, width, 0, WIDTH, True)
         do_more = do
-        if WIDTH_MORE > 0:
+        if WIDTH_MORE > 0 and CHUNK == 0:
             do_more = part(grads, grad_steps[2], r, im, width, WIDTH, WIDTH_MORE, True)
         logs, less = row_values(lse, delta, b, h, heads, i, im, n)
         keys = key + b * key_steps[0] + h // share * key_steps[1]
@@ -175,7 +195,8 @@ def queries_pass(
                 start + before * COLS, whole, 0, whole, b, h, i, im, n, m, scale, unit,
                 terms, places, drop, line, line_at,
                 size, width, KINDS, RANK, FACTORS, BAND, RANGES, DROPS, QUERY, LINE, POINTS,
-                PRECISION, FINE, FOLDS, False, ROWS, COLS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+                PRECISION, SPLITS, FOLDS, CHUNK, False, ROWS, COLS,
+                SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
             )  # fmt: skip
         sums = queries_sweep(
             sums, q, q_more, do, do_more, logs, less, left,
@@ -183,7 +204,8 @@ def queries_pass(
             start, before, whole * COLS, before + after, b, h, i, im, n, m, scale, unit,
             terms, places, drop, line, line_at,
             size, width, KINDS, RANK, FACTORS, BAND, RANGES, DROPS, QUERY, LINE, POINTS,
-            PRECISION, FINE, FOLDS, True, ROWS, COLS, SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+            PRECISION, SPLITS, FOLDS, CHUNK, True, ROWS, COLS,
+            SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
         )  # fmt: skip
         made, made_more, left_sums, points, ahead, behind = sums
         if LINE:

@@ -14,6 +14,7 @@ from attnbias.bias import Bias
 pytest.importorskip("triton")
 
 from attnbias.kernels import backward_configs, backward_launch
+from attnbias.kernels.backward import Lines
 from attnbias.kernels.configs import Config
 from attnbias.kernels.launch import Given
 from attnbias.kernels.places import Places
@@ -158,8 +159,12 @@ def test_dropout(name: str) -> None:
 
 def test_only_what_is_wanted() -> None:
     """Nothing else is computed, and what is has the same bits."""
-    make, shapes = STRUCTURES["sum"]
-    given, parameters = problem(N, M), [draw(*s) for s in shapes]
+    n, m = 20, 33
+    given, parameters = problem(n, m), [draw(HEADS, m), draw(n + m - 1), draw(n, 2), draw(m, 2)]
+
+    def make(row: Tensor, table: Tensor, u: Tensor, v: Tensor) -> Bias:
+        return ab.KeyBias(row) + relative(table, n, m) + ab.LowRank(u, v)
+
     fixed = make(*parameters)
     whole = gradients(given, make, parameters)
     for place in range(3):
@@ -207,11 +212,10 @@ def test_few_lines_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their memory is bounded: with no room for more there is one for each entry of a table."""
     monkeypatch.setattr(backward_launch, "LINES", 1)
     sizes = []
-    plain = backward_launch.Lines
 
     def seen(data: Tensor, *rest: int) -> object:
         sizes.append(tuple(data.shape))
-        return plain(data, *rest)
+        return Lines(data, *rest)
 
     monkeypatch.setattr(backward_launch, "Lines", seen)
     given = problem(N, M, size=1, width=16)
@@ -274,3 +278,10 @@ def test_queries_of_a_block_of_keys(ordered: bool) -> None:
                     seen = i[some[b]]
                     assert int(found.first[b, block]) == int(seen[0])
                     assert int(found.last[b, block]) == int(seen[-1]) + 1
+
+
+def test_wide_heads() -> None:
+    """Too wide for the registers: products in chunks of features."""
+    given = problem(20, 33, size=144, width=160, heads=1, groups=1)
+    given[0] *= 0.3
+    assert_gradients(given, lambda t: relative(t, 20, 33), [draw(1, 52)], near=1e-5)
