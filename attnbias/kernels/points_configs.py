@@ -24,11 +24,12 @@ def fitting(config: Config, kinds: tuple[Any, ...], sums: int = 0, owner: str = 
     if not load or kernels.interpreted():
         return config
     most = MANY if sums > 12 else HEAVY if load > 8 or sums else LIGHT
-    lanes = 32 if torch.version.hip is None else 64
+    amd = torch.version.hip is not None
+    lanes = 64 if amd else 32
     rows, cols, warps = config.rows, config.cols, config.warps
     owned, other = (rows, cols) if owner == "rows" else (cols, rows)
-    if owned * other > most * lanes * warps and owned >= 32 * warps and warps < 8:
-        warps *= 2
+    if owned * other > most * lanes * warps and owned >= 32 * warps and warps < 8 and not amd:
+        warps *= 2  # where each then has registers of its own
     while owned * other > most * lanes * warps and other > 16:
         other //= 2
     rows, cols = (owned, other) if owner == "rows" else (other, owned)
