@@ -27,7 +27,7 @@ SHORTEST = 256  # keys of a part, about
 PARTS = 64
 # Terms whose entries can be read for rows of several heads: see `terms.add_terms`.
 BY_COLUMN = frozenset(
-    {"row", "strip", "whole", "indexed", "indexed_some", "corner", "spread", "same", "box"}
+    {"row", "strip", "whole", "indexed", "indexed_some", "fours", "spread", "same", "box"}
 )
 
 

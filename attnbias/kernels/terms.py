@@ -48,7 +48,9 @@ class Whole(NamedTuple):
 
 class Indexed(NamedTuple):
     """``data[b, h, rows[b, h, i] + cols[b, h, j]]``: tables of a grid, of classes, and both with
-    queries and keys exchanged. Where a sum is negative, 0 (kind ``"indexed_some"`` looks).
+    queries and keys exchanged. Kind ``"indexed_some"``: where that sum is negative, one of the two
+    is a token without a place, of which there are `over` among the queries and `left` among the
+    keys, before the others: ``data[b, h, start + min(i, over) (left + 1) + min(j, left)]``.
     """
 
     data: Any
@@ -60,6 +62,9 @@ class Indexed(NamedTuple):
     cols: Any
     cols_batch: Any
     cols_head: Any
+    over: Any
+    left: Any
+    start: Any
 
 
 class Fours(NamedTuple):
@@ -74,19 +79,6 @@ class Fours(NamedTuple):
     copy: Any
     rows: Any
     rows_batch: Any
-    cols: Any
-
-
-class Corner(NamedTuple):
-    """``data[b, h, min(i, rows), min(j, cols)]`` where ``i < rows`` or ``j < cols``: tokens without
-    a place before those of a grid.
-    """
-
-    data: Any
-    batch: Any
-    head: Any
-    row: Any
-    rows: Any
     cols: Any
 
 
@@ -169,9 +161,10 @@ def indexed_tile(t, b, h, i, j, im, jm, SOME: tl.constexpr):
     row = tl.load(t.rows + b * t.rows_batch + h * t.rows_head + i[:, None], im[:, None], other=0)
     col = tl.load(t.cols + b * t.cols_batch + h * t.cols_head + j[None, :], jm[None, :], other=0)
     at = row + col
-    seen = im[:, None] & jm[None, :]
     if SOME:
-        seen = seen & (at >= 0)
+        first = t.start + tl.minimum(i, t.over) * (t.left + 1)
+        at = tl.where(at < 0, first[:, None] + tl.minimum(j, t.left)[None, :], at)
+    seen = im[:, None] & jm[None, :]
     return tl.load(t.data + b * t.batch + h * t.head + at, mask=seen, other=0.0)
 
 
@@ -189,18 +182,12 @@ def fours_tile(t, b, h, i, j, im, jm):
 
 
 @triton.jit
-def corner_tile(t, b, h, i, j, im, jm):
-    seen = ((i < t.rows)[:, None] | (j < t.cols)[None, :]) & im[:, None] & jm[None, :]
-    at = tl.minimum(i, t.rows)[:, None] * t.row + tl.minimum(j, t.cols)[None, :]
-    return tl.load(t.data + b * t.batch + h * t.head + at, mask=seen, other=0.0)
-
-
-@triton.jit
 def spread_tile(t, b, h, i, j, im, jm, n):
     seen = im[:, None] & jm[None, :]
     at = tl.load(t.index + (j[None, :] - i[:, None] + (n - 1)), mask=seen, other=0)
-    line = b * t.batch + h * t.head + i.to(tl.int64)[:, None] * t.row
-    return tl.load(t.data + line + at, mask=seen, other=0.0)
+    return tl.load(
+        t.data + b * t.batch + h * t.head + (i[:, None] * t.row + at), mask=seen, other=0.0
+    )
 
 
 @triton.jit
@@ -252,8 +239,6 @@ def add_terms(s, terms, KINDS: tl.constexpr, b, h, i, j, im, jm, n):
             s += indexed_tile(terms[k], b, h, i, j, im, jm, True)
         elif KINDS[k] == "fours":
             s += fours_tile(terms[k], b, h, i, j, im, jm)
-        elif KINDS[k] == "corner":
-            s += corner_tile(terms[k], b, h, i, j, im, jm)
         elif KINDS[k] == "spread":
             s += spread_tile(terms[k], b, h, i, j, im, jm, n)
         elif KINDS[k] == "same":

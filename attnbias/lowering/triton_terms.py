@@ -20,7 +20,6 @@ from attnbias.errors import AttnbiasError
 from attnbias.kernels.ranges import Ranges
 from attnbias.kernels.terms import (
     Box,
-    Corner,
     Fours,
     Indexed,
     Row,
@@ -55,8 +54,10 @@ def refusal(term: Bias) -> str:
         return ""
     if isinstance(term, BoundQueryRelative):
         # With an index the same few vectors serve many distances.
-        if term._few() is not None:
-            return ""
+        few = term._few()
+        if few is not None:
+            entries = term.queries * (few[2] - few[1])
+            return "" if entries < LARGEST else "too many queries for 32-bit places"
         return (
             "a QueryRelative with a vector for every distance is made by tiles (stream); one with "
             "few vectors and an index has a kernel"
@@ -78,7 +79,7 @@ def made(term: Bias, device: torch.device) -> list[Term]:
         return [_spread(term, device)]
     inner, exchanged = (term.inner, True) if isinstance(term, Transposed) else (term, False)
     if isinstance(inner, GridRelative):
-        return _grid(inner, device, exchanged)
+        return [_grid(inner, device, exchanged)]
     if isinstance(inner, Bucketed):
         return [_bucketed(inner, device, exchanged)]
     assert isinstance(inner, Neighborhood)
@@ -127,28 +128,30 @@ def _dense(term: Dense, device: torch.device) -> Term:
     return ("whole", Whole(tensor, *steps(tensor, 4)))
 
 
-def _indexed(data: Tensor, rows: Tensor, cols: Tensor, some: bool) -> Term:
-    kind = "indexed_some" if some else "indexed"
+def _indexed(
+    data: Tensor, rows: Tensor, cols: Tensor, special: tuple[int, int, int] | None = None
+) -> Term:
+    kind = "indexed" if special is None else "indexed_some"
     each = (data, *steps(data, 2), rows, *steps(rows, 2), cols, *steps(cols, 2))
-    return (kind, Indexed(*each))
+    return (kind, Indexed(*(*each, *(special or (0, 0, 0)))))
 
 
-def _grid(term: GridRelative, device: torch.device, exchanged: bool) -> list[Term]:
+def _grid(term: GridRelative, device: torch.device, exchanged: bool) -> Term:
     if not exchanged and _in_fours(term):
-        return [_fours(term, device)]
+        return _fours(term, device)
     data = lines(term.table.flatten(2), device)
     rows = _places(term.rows, term.steps, term.start, -1, device)
     cols = _places(term.cols, term.steps, 0, 1, device)
-    found = []
-    some = term.specials is not None
-    found.append(_indexed(data, *((cols, rows) if exchanged else (rows, cols)), some))
-    if term.specials is not None:
-        over, left, special = term.rows.specials, term.cols.specials, term.specials
-        if exchanged:
-            over, left, special = left, over, special.mT
-        special = lines(special, device)
-        found.append(("corner", Corner(*(special, *steps(special, 3), over, left))))
-    return found
+    rows, cols = (cols, rows) if exchanged else (rows, cols)
+    if term.specials is None:
+        return _indexed(data, rows, cols)
+    over, left, special = term.rows.specials, term.cols.specials, term.specials
+    if exchanged:
+        over, left, special = left, over, special.mT
+    more = lines(special, device).flatten(2)
+    size = [max(pair) for pair in zip(data.shape[:2], more.shape[:2], strict=True)]
+    whole = torch.cat([t.expand(*size, -1) for t in (data, more)], -1)
+    return _indexed(whole, rows, cols, (over, left, data.shape[-1]))
 
 
 def _in_fours(term: GridRelative) -> bool:
@@ -192,7 +195,7 @@ def _bucketed(term: Bucketed, device: torch.device, exchanged: bool) -> Term:
         rows = _classes(term.rows, classes, "rows", device) * width
     cols = _classes(term.cols, width, "cols", device)
     data = lines(term.table.flatten(2), device)
-    return _indexed(data, *((cols, rows) if exchanged else (rows, cols)), False)
+    return _indexed(data, *((cols, rows) if exchanged else (rows, cols)))
 
 
 def _classes(index: Tensor, classes: int, name: str, device: torch.device) -> Tensor:
