@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnbias.kernels import backward_configs, configs
+from attnbias.kernels import backward_configs, configs, points_configs
 from attnbias.kernels.backward import Factors, Lines, Rows, deltas
 from attnbias.kernels.backward_keys import keys_pass
 from attnbias.kernels.backward_queries import queries_pass
@@ -182,13 +182,12 @@ def query_blocks(work: Work, wanted: Wanted) -> int:
 
 
 def _config(work: Work, wanted: Wanted) -> configs.Config:
-    return backward_configs.queries(
-        work.query.dtype,
-        work.query.shape[3],
-        work.value.shape[3],
-        work.given.rank,
-        wanted.line is not None,
+    line = wanted.line is not None
+    config = backward_configs.queries(
+        work.query.dtype, work.query.shape[3], work.value.shape[3], work.given.rank, line
     )
+    sums = points_configs.row_sums(work.given.kinds, wanted.points_rows)
+    return points_configs.fitting(config, work.given.kinds, sums, "both" if line else "rows")
 
 
 def _keys(work: Work, wanted: Wanted, factors: Factors | None) -> Found:
@@ -201,6 +200,8 @@ def _keys(work: Work, wanted: Wanted, factors: Factors | None) -> Found:
     if factors is not None:
         right = work.lse.new_empty(batch, heads, m, factors.right.shape[-1])
     config = backward_configs.keys(work.query.dtype, size, width, given.rank)
+    sums = points_configs.col_sums(given.kinds, wanted.points_cols)
+    config = points_configs.fitting(config, given.kinds, sums, "cols")
     kernel: Any = keys_pass
     kernel[(triton.cdiv(m, config.cols) * batch * groups,)](
         *work.tensors(),
