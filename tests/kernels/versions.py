@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-versions"
 # The last release of every minor version that pyproject.toml admits.
 VERSIONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
+# The interpreters of these take arrays of one element for numbers, which later NumPy refuses.
+OLD_NUMPY = ("3.4.0", "3.5.1")
+NUMPY = "numpy<2.4"
 TITLE = "Kernels and versions of Triton"
 
 # file -> version -> {"state", "seconds", "failures", "kernels": name -> [passed, failed]}
@@ -44,7 +47,8 @@ def folder(version: str) -> Path | None:
     where = FOLDER / f"triton-{version}"
     if not (where / ".done").is_file():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--target", str(where), f"triton=={version}"], check=True)
+        wanted = [f"triton=={version}", *([NUMPY] if version in OLD_NUMPY else [])]
+        subprocess.run([*command, "--target", str(where), *wanted], check=True)
         (where / ".done").touch()
     return where
 
@@ -119,7 +123,8 @@ def write(runs: Runs, started: str, seconds: float) -> None:
     text = [
         f"# {TITLE}",
         header_markdown(how),
-        f"Tests that launched each kernel, {where}, with PyTorch {torch.__version__}.",
+        f"Tests that launched each kernel, {where}, with PyTorch {torch.__version__}; Triton "
+        f"{' and '.join(OLD_NUMPY)} with {NUMPY}, which their interpreters need.",
         markdown_table(["kernel", *(f"Triton {v}" for v in VERSIONS)], rows),
         *(["Failures:\n\n" + "\n".join(failures)] if failures else []),
     ]
