@@ -8,7 +8,8 @@ does it and what it is:
   (`attnbias.lowering.backward`), which serves learned biases of all lowerings but `own`. Of each
   ``products`` (features times scores), ``scores`` (of all heads; those that are computed, not those
   that are seen: a tile on the edge of a mask counts whole), ``rows`` and ``keys`` (features of
-  queries and keys that are walked), ``blocks`` (of queries), ``dropped`` (scores that may drop);
+  queries and keys that are walked; ``far`` are those of large arrays), ``blocks`` (of queries),
+  ``dropped`` (scores that may drop);
 - ``LOWERING call``, ``LOWERING blocks``, ``LOWERING rows``: what a lowering adds to that, for each
   call however small, each piece it cuts the problem into, each number it copies;
 - ``entries KIND``: entries that are made for terms of that kind, times `Bias.entry_cost`, by
@@ -42,6 +43,7 @@ Counts = dict[str, float]
 DIRECTIONS = ("forward", "training", "learned")
 
 ROWS = 256  # queries of a tile
+FAR = 2.0 * 2**23  # numbers in two arrays: 32 MB each in float32
 STRIP = 64  # queries that the compiled loop takes at a time
 
 
@@ -64,6 +66,11 @@ def idle(tasks: int) -> float:
     """How much longer equal tasks take than if the threads could share all of them evenly."""
     threads = torch.get_num_threads()
     return math.ceil(tasks / threads) * threads / max(tasks, 1)
+
+
+def far(features: float) -> float:
+    """Those of two arrays so large that fresh memory for them is handed out page by page."""
+    return features if features >= FAR else 0.0
 
 
 class Effort:
@@ -184,6 +191,7 @@ class Effort:
                 masked=scores * masked,
                 rows=self.units * p.queries * wide,
                 keys=units * p.keys * wide,
+                far=far(self.units * p.queries * wide) + far(units * p.keys * wide),
                 blocks=float(units * blocks),
             )
 
@@ -221,6 +229,7 @@ class Effort:
             blocks=blocks,
             rows=rows,
             keys=keys,
+            far=far(rows) + far(keys),
             converted=(rows + keys) * half,
             matrices=float(p.batch * p.key.shape[1] * math.ceil(p.queries / ROWS)),
             products=scores * wide * spread,
@@ -240,7 +249,9 @@ class Effort:
         made = (self.units * p.queries + 2 * p.batch * p.key.shape[1] * p.keys) * wide
         factors = sum((t.rank or 0) * t.batch * t.heads for t in p.normal.rest)
         factors *= p.queries + p.keys
-        self.add(f"columns {self.way}", call=1.0, rows=made, factors=float(factors))
+        self.add(
+            f"columns {self.way}", call=1.0, rows=made, far=far(made / 3), factors=float(factors)
+        )
 
     def folded(self, columns: int) -> float:
         """Features of a score with columns: what `fold.widen` makes of them."""
