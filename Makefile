@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all smoke-oldest versions mutants bench calibrate bench-peers bench-gpu lint docs clean
+.PHONY: setup demo test test-all smoke-oldest versions mutants bench calibrate bench-peers bench-gpu test-gpu kernels kernel-versions lint docs clean
 
 setup: $(STAMP)
 
@@ -89,6 +89,20 @@ GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 MINUTES ?= 25
 bench-gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES)
+
+# The tests of the kernels and of what reaches them, on the card that is there.
+test-gpu:
+	@$(GPU_PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
+		{ echo "test-gpu needs a GPU that PyTorch sees; without one, make test runs the kernels interpreted"; exit 1; }
+	$(GPU_PYTHON) -m pytest tests/kernels --timeout 1800
+
+# Every kernel compiled for cards that are not there: what fits them, and what is issued for a score.
+kernels: $(STAMP)
+	$(PY) -m benchmarks.kernels
+
+# The tests of the kernels under every release of Triton that is admitted.
+kernel-versions: $(STAMP)
+	$(PY) -m tests.kernels.versions
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
