@@ -39,6 +39,9 @@ COMPILED = 1.4
 ATOMICS = 40.0
 LEAST, WIDEST = 16, 256  # features of a head that its kernels take
 TRAINS = ("cuda",)  # where it has a backward
+# What is read for each pair of places is staged in shared memory beside keys and values, 64 kB for
+# each stage: with PyTorch's own three stages more than a card has (`benchmarks.flex_kernels`).
+PAIRS = ("strip", "whole", "buckets", "strips", "grid", "turned")
 HALF = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -146,6 +149,9 @@ def compiled(structure: Structure) -> Callable[..., tuple[Tensor, Tensor]]:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
     scores, masks, scale = structure.scores, structure.masks, structure.scale
+    pairs = sum(kind[0] in PAIRS for kind in scores)
+    stages = {"fwd_num_stages": 2 if pairs == 1 else 1, "bwd_num_stages": 1}
+    options = stages if pairs else None
 
     def attend(
         query: Tensor,
@@ -185,6 +191,7 @@ def compiled(structure: Structure) -> Callable[..., tuple[Tensor, Tensor]]:
             block_mask=block,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
+            kernel_options=options,
             return_aux=AuxRequest(lse=True),
         )
         return out, more.lse
