@@ -150,7 +150,8 @@ def radial(q, t, KIND: tl.constexpr, h):
         place = tl.minimum(tl.maximum(place, 0.0), BASES * 1.0)
         node = tl.minimum(place.to(tl.int32), BASES - 1)
         part = place - node.to(tl.float32)
-        if FORM == "table":
+        # Rows of several heads read several tables, which have no room on chip.
+        if FORM == "table" or len(h.shape) > 0:
             first = tl.load(t.a + h * t.head + node)
             rise = tl.load(t.b + h * t.head + node)
         else:

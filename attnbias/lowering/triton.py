@@ -36,13 +36,14 @@ class Triton(Lowering):
             return self.refuse(f"the kernels compute no {str(query.dtype).removeprefix('torch.')}")
         if max(query.shape[-1], problem.value.shape[-1]) > WIDEST:
             return self.refuse(f"heads of more than {WIDEST} features do not fit on chip")
-        from attnbias.lowering import triton_parts
+        from attnbias.lowering import triton_parts, triton_points
 
         why = triton_parts.reason(problem.bias)
         if why:
             return self.refuse(why)
         time = INTERPRETED if kernels.interpreted() else 1.0
-        return self.bid(time, 0, "one kernel, the bias made on chip")
+        offer = self.bid(time, 0, "one kernel, the bias made on chip")
+        return dataclasses.replace(offer, error=triton_points.error(problem.bias))
 
     def answer(self, problem: Problem) -> Offer:
         # Gradients to the bias come out of the same kernels.

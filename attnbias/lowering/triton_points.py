@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnbias.bias import Distance, Radial
+from attnbias.bias import Bias, Distance, Radial
 from attnbias.bias.radial import Basis
 from attnbias.bias.table import Table
 from attnbias.kernels.points import Points
@@ -58,6 +58,19 @@ def _table(bias: Distance) -> Table | None:
     """
     assert isinstance(bias.radial, Radial)
     return bias.radial.table(*bias._reach())
+
+
+def error(bias: Bias | None) -> float:
+    """Bound of what tables may add to an entry, rounding apart."""
+    total = 0.0
+    for term in [] if bias is None else bias.terms():
+        if isinstance(term, Distance) and isinstance(term.radial, Radial) and not small(term):
+            table = None if term.x.is_meta else _table(term)
+            most = 1.0
+            for weight in term._weights():
+                most *= float(weight.detach().abs().max()) if weight.numel() else 1.0
+            total += 0.0 if table is None else table.error * most
+    return total
 
 
 def made(bias: Distance, device: torch.device) -> Term:
@@ -198,4 +211,4 @@ def gradients(bias: Distance, want: int, given: Slots) -> tuple[Tensor | None, .
     return tuple(found)
 
 
-__all__ = ["gradients", "made", "on_chip", "refusal", "slots", "small", "wanted"]
+__all__ = ["error", "gradients", "made", "on_chip", "refusal", "slots", "small", "wanted"]

@@ -108,6 +108,15 @@ def test_one_query_and_slices() -> None:
     check(bias[..., 7:8, 3:40])
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "great_circle"])
+def test_few_queries_whose_heads_are_rows(metric: str) -> None:
+    """Decoding: rows of one tile belong to several heads, each with its own functions."""
+    x, y = (sphere(3), sphere(M)) if metric == "great_circle" else (draw(3, 2), draw(M, 2))
+    bias = ab.Distance(x, y, rbf(4), metric=metric, weight=draw(4, 3))
+    check(bias, heads=4, groups=2)
+    check(bias.transpose().transpose()[..., 2:, :], heads=4, groups=1)
+
+
 def test_coordinates_in_float64_keep_their_differences() -> None:
     """A million from the origin, where float32 knows sixteenths."""
     x, y = (draw(count, 2).double() + 1e6 for count in (N, M))
@@ -152,6 +161,25 @@ def test_any_function_by_a_table(error: float) -> None:
     bias = ab.Distance(draw(N, 2), draw(M, 2), ab.radial.Radial(Waves(), error=error)).detach()
     check(bias * 1.5, tolerance=2e-5 + 3 * error)
     check(bias[:, 1:, :, :], heads=1, tolerance=2e-5 + 2 * error)
+
+
+def test_few_queries_read_tables_of_several_heads() -> None:
+    bias = ab.Distance(draw(2, 2), draw(300, 2), ab.radial.Radial(Waves())).detach()
+    check(bias, tolerance=3e-5)
+
+
+def test_the_error_of_a_table_is_stated() -> None:
+    query, key, value = problem(N, M)
+    x, y = draw(N, 2), draw(M, 2)
+    weight = torch.full((N,), 3.0, device=DEVICE)
+    for radial, least, most in (
+        (rbf(), 0.0, 0.0),
+        (ab.radial.Radial(Waves(), error=1e-3), 1e-8, 3e-3),
+    ):
+        bias = ab.Distance(x, y, radial, weight=weight).detach()
+        plan = ab.explain(query, key, value, bias=bias)
+        stated = next(o.error for o in plan.offers if o.lowering == "triton")
+        assert least <= stated <= most
 
 
 def test_a_function_of_few_entries_is_exact() -> None:
