@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-all smoke-oldest versions mutants bench calibrate bench-peers bench-gpu test-gpu kernels kernel-versions lint docs clean
+.PHONY: setup demo test test-all smoke-oldest versions mutants bench calibrate bench-peers bench-gpu test-gpu calibrate-gpu gpu kernels kernel-versions lint docs clean
 
 setup: $(STAMP)
 
@@ -95,6 +95,15 @@ test-gpu:
 	@$(GPU_PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
 		{ echo "test-gpu needs a GPU that PyTorch sees; without one, make test runs the kernels interpreted"; exit 1; }
 	$(GPU_PYTHON) -m pytest tests/kernels --timeout 1800
+
+calibrate-gpu:
+	$(GPU_PYTHON) -m attnbias.cli bench --calibrate --device cuda --out benchmarks/results/costs.json
+	cp benchmarks/results/costs.json attnbias/lowering/costs.json
+
+# All that a card can show, and recorded: tests, the planner's costs, benchmarks; each goes on where
+# it stopped, and none waits for another to succeed.
+gpu:
+	$(MAKE) -k test-gpu calibrate-gpu bench-gpu
 
 # Every kernel compiled for cards that are not there: what fits them, and what is issued for a score.
 kernels: $(STAMP)

@@ -95,8 +95,9 @@ def test_a_card_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["driver_version"] == "570.86.15"
     assert {"torch", "triton", "cuda", "cudnn"} <= set(found["versions"])
     assert command.slug(found["name"]) == "nvidia_h200"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--rehearse"):
-        device.open_device(torch.cuda.is_available())  # a GPU is asked for where there is none
+        device.open_device(False)  # a GPU is asked for where there is none
 
 
 def test_lines_take_turns_and_one_that_fails_leaves() -> None:
