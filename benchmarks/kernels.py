@@ -6,7 +6,7 @@ Each case is a problem whose forward and backward passes are compiled for sm_80,
 gfx942 (`attnbias.kernels.offline`) and not run. Of each kernel are recorded the registers, the
 bytes of registers kept in memory, the shared memory, and on NVIDIA the instructions that a thread
 issues for a score in the shortest loop that makes exponentials: the one over whole tiles. Beside
-the same kernel without a bias that is what a bias adds. Written after every case to
+the same kernel without a bias that is what a bias adds. Written to
 benchmarks/results/kernels.json and .md; what is known for the same kernels is not compiled again.
 """
 
@@ -16,10 +16,12 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,11 @@ def cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def _quiet() -> None:
+    """In each process that compiles: no more threads than one."""
+    torch.set_num_threads(1)
+
+
 def sources() -> str:
     """Changes when what is compiled may."""
     folders = [ROOT / "attnbias" / "kernels", ROOT / "attnbias" / "lowering"]
@@ -251,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--case", action="append", help="cases whose names contain this")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after that")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--fresh", action="store_true", help="compile again what is known")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     args = parser.parse_args(argv)
@@ -262,21 +270,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept.parent.mkdir(exist_ok=True)
     known = json.loads(kept.read_text("utf-8")) if kept.is_file() else {"cases": {}}
     started, begun, state = now(), time.monotonic(), sources()
-    for card in args.card or CARDS:
-        for case in wanted:
-            name = f"{case.name}"
-            entry = known["cases"].setdefault(name, {"rows": [], "states": {}})
-            if entry["states"].get(card) == state and not args.fresh:
+    todo = [
+        (card, case)
+        for card in args.card or CARDS
+        for case in wanted
+        if args.fresh or known["cases"].get(case.name, {}).get("states", {}).get(card) != state
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=_quiet) as pool:
+        running = {
+            pool.submit(compiled, case, offline.CARDS[card]): (card, case) for card, case in todo
+        }
+        for done in as_completed(running):
+            if done.cancelled():
                 continue
-            if time.monotonic() - begun > 60 * args.minutes:
-                break
-            rows = compiled(case, offline.CARDS[card])
+            card, case = running[done]
+            rows = done.result()
+            entry = known["cases"].setdefault(case.name, {"rows": [], "states": {}})
             entry["rows"] = [row for row in entry["rows"] if row["card"] != card] + rows
             entry["states"][card] = state
             bad = [r.get("error") or r["kernel"] for r in rows if "error" in r or not r["fits"]]
-            print(f"{card}, {name}: {len(rows)} kernels {bad or ''}", flush=True)
+            print(f"{card}, {case.name}: {len(rows)} kernels {bad or ''}", flush=True)
             kept.write_text(json.dumps(known), "utf-8")
-            write(known, started, time.monotonic() - begun)
+            if time.monotonic() - begun > 60 * args.minutes:
+                for left in running:
+                    left.cancel()
+    write(known, started, time.monotonic() - begun)
     return 0
 
 
