@@ -102,10 +102,9 @@ def made(bias: Distance, device: torch.device) -> Term:
     for weight in (bias.weight, bias.key_weight):
         factor = x if weight is None else weight.detach().to(device, torch.float32).contiguous()
         weights += [factor, *_steps(factor)]
-    term = Points(
-        x, *_steps(x, True), y, *_steps(y, True), *weights,
-        a, b, c, a.shape[1] if a.shape[0] > 1 else 0, low, per_unit,
-    )  # fmt: skip
+    head = a.shape[1] if a.shape[0] > 1 else 0
+    given = [x, *_steps(x, True), y, *_steps(y, True), *weights, a, b, c, head, low, per_unit]
+    term = Points(*given)
     weighted = (bias.weight is not None) + 2 * (bias.key_weight is not None)
     axes = bias.x.shape[-1]
     kind = (
