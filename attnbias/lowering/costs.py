@@ -222,11 +222,13 @@ def cheapest(problem: Problem, offers: Sequence[Offer]) -> Offer:
         return measured[0]
     candidates = tuple(offer.lowering for offer in measured)
     key = (candidates, *effort.Effort.of(problem).key())
-    if key not in known.chosen:
+    best = known.chosen.get(key)
+    if best is None:
+        best = min(candidates, key=lambda name: known.total(name, problem))
         if len(known.chosen) >= KEPT:
             known.chosen.clear()
-        known.chosen[key] = min(candidates, key=lambda name: known.total(name, problem))
-    return measured[candidates.index(known.chosen[key])]
+        known.chosen[key] = best
+    return measured[candidates.index(best)]
 
 
 def priced(problem: Problem, offers: Sequence[Offer]) -> list[Offer]:
