@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,6 +12,9 @@ from attnbias.bias import Bias
 
 pytest.importorskip("triton")
 
+from attnbias.kernels import configs, launch
+from attnbias.kernels.launch import Given
+from attnbias.kernels.places import Places
 from tests.kernels.parity import DEVICE, assert_agrees, both, draw, problem
 
 HALF = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -187,3 +192,30 @@ def test_two_runs_agree_bit_for_bit() -> None:
     assert isinstance(one, torch.Tensor)
     assert isinstance(two, torch.Tensor)
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_heads_farther_apart_than_32_bits_reach(n: int) -> None:
+    m, size, far = 50, 16, 2**31 + 8
+    room = torch.empty(far + 4096, dtype=torch.float16, device=DEVICE)  # pages left untouched
+    key = room.as_strided((1, 2, m, size), (2 * far, far, size, 1))
+    key.copy_(draw(1, 2, m, size))
+    query, _, value = (t.half() for t in problem(n, m, 2, 2, size, size, batch=1))
+    assert_agrees((query, key, value), ab.KeyBias(draw(2, m)), atol=4e-3)
+
+
+def test_programs_beyond_what_two_dimensions_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65,535 is the most in any dimension of a grid but the first."""
+    grids: list[tuple[int, ...]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    monkeypatch.setattr(launch, "forward", Recorder())
+    given = Given((), (), None, 0, Places(0, 0, None, None, 0), 0, False, None)
+    query = torch.empty(300, 300, 100, 16, device=DEVICE)
+    launch.forward_pass(query, query, query, 0.25, given)
+    config = configs.choose("forward", torch.float32, 16, 16, 0)
+    assert grids == [(-(-100 // config.rows) * 90_000,)]
