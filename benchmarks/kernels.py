@@ -86,6 +86,22 @@ BIASES: dict[str, Callable[[], Bias | None]] = {
         torch.randn(N, 2),
         ab.radial.RBF(draw(HEADS, 5), torch.rand(HEADS, 5, requires_grad=True)),
     ),
+    "RBF in space and time": lambda: (
+        ab.Distance(
+            torch.randn(N, 2),
+            torch.randn(N, 2),
+            ab.radial.RBF(draw(HEADS, 5), torch.rand(HEADS, 5, requires_grad=True)),
+        )
+        + ab.Distance(
+            torch.randn(N),
+            torch.randn(N),
+            ab.radial.RBF(draw(HEADS, 3), torch.rand(HEADS, 3, requires_grad=True)),
+            metric="time",
+        )
+    ),
+    "great circle": lambda: ab.Distance(
+        torch.rand(N, 2), torch.rand(N, 2), ab.radial.Scalar(draw(HEADS)), metric="great_circle"
+    ),
     "key and relative": lambda: (
         ab.KeyBias(draw(1, 1, N)) + ab.Relative(draw(HEADS, 2 * N - 1), queries=N, keys=N)
     ),
