@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from attnbias import kernels
+from attnbias.kernels.kinds import Kind
 
 SMALL = (86, 89, 120, 121)  # cards with 99 kB of shared memory
 
@@ -71,7 +72,7 @@ def choose(
     """The configuration of a kernel ("forward", ...) for head sizes and columns of factors.
 
     tiles: how many terms have an entry for every pair of query and key, which take registers, and
-    shared memory where they are fetched ahead.
+    shared memory where they are fetched ahead (`weight`).
     """
     wide = max(sum(halves(size)), sum(halves(width)))
     if kernels.interpreted():
@@ -88,7 +89,8 @@ def choose(
     elif backend == "hip":
         rows, cols, warps, stages = _amd(wide, full)
     elif full:
-        rows, cols, warps, stages = _full(wide)
+        old = number < 90 and rank + tiles > 0
+        rows, cols, warps, stages = (32, 32, 4, 2) if old and wide <= 128 else _full(wide)
         chunk = 16 if 64 < wide <= 128 else 32 if wide > 128 or number in (100, 103) else 0
     else:
         mma = small or number < 90  # products of a warp, not of four
@@ -101,11 +103,21 @@ def choose(
 Sizes = tuple[int, int, int, int]
 
 
+def weight(kind: object) -> int:
+    """How many terms that are read from a matrix take as many registers as a term of a kind."""
+    if kind == "row":
+        return 0
+    dilated = isinstance(kind, Kind) and kind[0] == "box" and max(kind.parts[2:]) > 1
+    return 2 if dilated or kind in ("spread", "indexed_some") else 1
+
+
 def _half(wide: int, mma: bool, more: bool, tiles: int) -> Sizes:
     if mma:
         if wide <= 64:
-            return 128, 64, 4, 3
+            return (128, 32, 8, 2) if tiles > 1 else (128, 64, 8, 2) if more else (128, 64, 4, 3)
         return (128, 32, 8, 3) if wide <= 128 else (64, 32, 8, 2)
+    if tiles > 1 and wide <= 128:
+        return (128, 64, 8, 2) if wide <= 64 else (64, 64, 8, 2)
     if wide <= 64:
         return 128, 128, 8, 2 if tiles else 3
     if wide <= 128:
