@@ -41,15 +41,16 @@ def queries(dtype: torch.dtype, size: int, width: int, rank: int, line: bool) ->
     if kernels.interpreted():
         return _interpreted(wide)
     backend, number = card()
-    large = backend == "cuda" and number >= 90
+    large = backend == "cuda" and number >= 90 and number not in SMALL
     if dtype == torch.float32:
         found: Sizes = (32, 64, 8, 1, 32)
+    elif wide <= 64 and line:
+        found = (128, 64, 8, 2, 0) if large else (64, 64, 8, 1, 0)
     elif wide <= 64:
-        found = (128, 64, 8, 2, 0) if (large and not rank) or line else (128, 32, 8, 2, 0)
-        if line and (backend == "hip" or number in SMALL):
-            found = (64, 64, 8, 1, 0)
+        found = (128, 64, 8, 2, 0) if large and not rank else (128, 32, 8, 2, 0)
     elif wide <= 128:
-        found = (128, 32, 8, 2, 0) if large and not rank and not line else (64, 32, 8, 1, 0)
+        light = large and number < 100 and not rank and not line
+        found = (128, 32, 8, 2, 0) if light else (64, 32, 8, 1, 0)
     else:
         found = (32, 64, 8, 2, 64)
     return _config(found)

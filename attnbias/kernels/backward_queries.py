@@ -182,13 +182,28 @@ def queries_pass(
         sums = (tl.zeros((ROWS, SIZE), tl.float32), dq_more, left_sums, points, ahead, ahead)
         first, last = span(places, b, block, i, im, n, m, BAND, RANGES, ROWS)
         inner, ended = whole_span(places, b, block, i, im, n, m, BAND, RANGES, ROWS)
-        if LINE:
-            ended = inner  # neighbours in order: all tiles in one loop
+        # Diagonals need neighbours in order: three loops, or one where registers are scarce.
+        ONE: tl.constexpr = LINE and (SIZE > 64 or WIDTH > 64)
+        if ONE:
+            ended = inner
         start, before, whole, after = edges(first, last, inner, ended, COLS)
         line_at = n - 1 - block * ROWS
+        rest, ahead_of_gap, gap, count = start, before, whole * COLS, before + after
         if LINE:
             tl.debug_barrier()  # what other threads added for another block is read again
-        else:
+        if LINE and not ONE:
+            sums = queries_sweep(
+                sums, q, q_more, do, do_more, logs, less, left,
+                keys, values, rights, own, key_steps[2], value_steps[2], right_step, factor_step,
+                start, before, 0, before, b, h, i, im, n, m, scale, unit,
+                terms, places, drop, line, line_at,
+                size, width, KINDS, RANK, FACTORS, BAND, RANGES, DROPS, QUERY, LINE, POINTS,
+                PRECISION, SPLITS, FOLDS, CHUNK, True, ROWS, COLS,
+                SIZE, SIZE_MORE, WIDTH, WIDTH_MORE,
+            )  # fmt: skip
+            rest, ahead_of_gap = start + (before + whole) * COLS, after
+            gap, count = 0, after
+        if not ONE:
             sums = queries_sweep(
                 sums, q, q_more, do, do_more, logs, less, left,
                 keys, values, rights, own, key_steps[2], value_steps[2], right_step, factor_step,
@@ -201,7 +216,7 @@ def queries_pass(
         sums = queries_sweep(
             sums, q, q_more, do, do_more, logs, less, left,
             keys, values, rights, own, key_steps[2], value_steps[2], right_step, factor_step,
-            start, before, whole * COLS, before + after, b, h, i, im, n, m, scale, unit,
+            rest, ahead_of_gap, gap, count, b, h, i, im, n, m, scale, unit,
             terms, places, drop, line, line_at,
             size, width, KINDS, RANK, FACTORS, BAND, RANGES, DROPS, QUERY, LINE, POINTS,
             PRECISION, SPLITS, FOLDS, CHUNK, True, ROWS, COLS,
