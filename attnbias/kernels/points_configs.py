@@ -28,6 +28,8 @@ def fitting(config: Config, kinds: tuple[Any, ...], sums: int = 0, owner: str = 
     lanes = 64 if amd else 32
     rows, cols, warps = config.rows, config.cols, config.warps
     owned, other = (cols, rows) if owner == "cols" else (rows, cols)
+    if amd and warps == 8:
+        owned, warps = owned // 2, 4  # of eight, each has half the registers
     if owned * other > most * lanes * warps and owned >= 32 * warps and warps < 8 and not amd:
         warps *= 2  # where each then has registers of its own
     while owned * other > most * lanes * warps and other > 16:
