@@ -11,6 +11,8 @@ STATISTICS = "tests/observe/test_statistics.py"
 KEY_SHIFT = "tests/steer/test_key_shift.py"
 HUB = "tests/hub"
 FOLD = "tests/lowering/test_fold.py"
+FLASH_GPU = "tests/lowering/test_flash_gpu.py"
+FLEX = "tests/kernels/test_flex.py"
 DISTANCE = "tests/bias/test_distance.py"
 PROMISES = "tests/bias/test_distance_promises.py"
 
@@ -85,6 +87,41 @@ DEFECTS: tuple[Defect, ...] = (
         "    if grad_lse is None:\n        return grad, query, key, value, out, size",
         "    if True:\n        return grad, query, key, value, out, size",
         (AGREEMENT,),
+    ),
+    Defect(
+        "fused-operator-of-a-gpu-trusted-in-empty-rows",
+        "attnbias/lowering/flash_gpu.py",
+        "out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, 0.0)",
+        "pass",
+        (f"{FLASH_GPU}::test_values_and_gradients",),
+    ),
+    Defect(
+        "causal-tile-on-a-gpu-counts-from-its-own-first-row",
+        "attnbias/lowering/flash_tiles.py",
+        "i = torch.arange(rows.start, rows.stop, device=tile.device)[:, None]",
+        "i = torch.arange(rows.stop - rows.start, device=tile.device)[:, None]",
+        (f"{FLASH_GPU}::test_values_and_gradients",),
+    ),
+    Defect(
+        "flex-reads-diagonals-backwards",
+        "attnbias/lowering/flex_entries.py",
+        "return score + read(table, kind[1], b, h, k - q + start[k * 0])",
+        "return score + read(table, kind[1], b, h, q - k + start[k * 0])",
+        (f"{FLEX}::test_structures",),
+    ),
+    Defect(
+        "flex-skips-blocks-that-a-window-shows-in-part",
+        "attnbias/lowering/flex_blocks.py",
+        "possible, whole = possible & (most >= low), whole & (least >= low)",
+        "possible, whole = possible & (least >= low), whole & (least >= low)",
+        (f"{FLEX}::test_blocks_that_masks_leave",),
+    ),
+    Defect(
+        "flex-forgets-dropout",
+        "attnbias/lowering/flex.py",
+        'if problem.normaliser == "softmax" and not problem.dropout:',
+        'if problem.normaliser == "softmax":',
+        (f"{FLEX}::test_refusals",),
     ),
     Defect(
         "table-kept-in-half-precision",
