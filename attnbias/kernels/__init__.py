@@ -4,9 +4,10 @@ Triton comes with PyTorch's GPU builds; elsewhere ``attnbias[gpu]`` brings it. W
 ``TRITON_INTERPRET=1`` in the environment before the first import every kernel runs on the CPU, one
 block of a tensor at a time: slow, for tests.
 
-Files: `terms`, what a bias is to a kernel, and the device functions that make its entries;
-`forward`, `backward`, `entries` (gradients of entries that have no closed form on chip), `decode`,
-`statistics`; `launch`, tensors to arguments; `configs`, tile sizes.
+Files: `terms`, what a bias is to a kernel, and the device functions that make its entries; `places`
+and `ranges`, which keys a query sees; `forward`, `decode` (few queries), `backward`, `entries`
+(gradients of entries that have no closed form on chip), `statistics`; `launch`, tensors to
+arguments; `configs`, tile sizes; `offline`, kernels compiled for cards that are not there.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", help="names such as test_forward.py; default: all")
     parser.add_argument("--version", action="append", default=[], help="only these")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after that")
+    parser.add_argument("--jobs", type=int, default=2, help="files of tests at a time")
     parser.add_argument("--fresh", action="store_true", help="run again what was run")
     args = parser.parse_args(argv)
     FOLDER.mkdir(exist_ok=True)
@@ -145,16 +147,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.files or sorted(p.name for p in Path(__file__).parent.glob("test_*.py"))
     started, begun = now(), time.monotonic()
     end = begun + 60 * args.minutes
-    for name in names:
-        for version in args.version or VERSIONS:
-            known = runs.get(name, {}).get(version)
-            if known and known["state"] == state(name) and not args.fresh:
+    versions = args.version or VERSIONS
+    for version in versions:
+        folder(version)
+    todo = [
+        (name, version)
+        for version in versions
+        for name in names
+        if args.fresh or runs.get(name, {}).get(version, {}).get("state") != state(name)
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(run, *one): one for one in todo}
+        for done in as_completed(running):
+            if done.cancelled():
                 continue
-            if time.monotonic() > end:
-                break
-            one = runs.setdefault(name, {})[version] = run(name, version)
-            print(f"{name}, Triton {version}: {one['failures'] or 'passed'}", flush=True)
+            name, version = running[done]
+            found = runs.setdefault(name, {})[version] = done.result()
+            print(f"{name}, Triton {version}: {found['failures'] or 'passed'}", flush=True)
             kept.write_text(json.dumps(runs, indent=1), "utf-8")
+            if time.monotonic() > end:
+                for left in running:
+                    left.cancel()
     write(runs, started, time.monotonic() - begun)
     return 0
 
