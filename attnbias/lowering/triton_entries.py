@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from attnbias.bias import Bias, Dense, GridRelative, Sum
+from attnbias.bias.transposed import Transposed
 from attnbias.kernels import entries
 from attnbias.kernels.backward_launch import Work
 from attnbias.kernels.indexed import table_sums
+from attnbias.kernels.launch import device_of
 from attnbias.lowering.total import Total
 
 ENTRIES = 2**26  # of a strip, about: 256 MB
@@ -27,7 +29,11 @@ def pull(work: Work, places: Sequence[int], total: Total) -> None:
     """
     if total.bias is None:
         return
-    terms = total.bias.terms()
+    with device_of(work.query):
+        _pull(work, places, total, total.bias.terms())
+
+
+def _pull(work: Work, places: Sequence[int], total: Total, terms: list[Bias]) -> None:
     groups: dict[tuple[int, ...], list[int]] = {}
     for at in places:
         term = terms[at]
@@ -78,8 +84,9 @@ def direct(work: Work, at: int, total: Total) -> bool:
 def give(total: Total, before: int, part: Bias, step: Tensor) -> None:
     """Pull a strip back and add it to the parameters from number `before` on."""
     stored = part.parameters()
-    if isinstance(part, GridRelative) and step.is_cuda:
-        grads = pull_grid(part, step)
+    inner = part.inner if isinstance(part, Transposed) else part
+    if isinstance(inner, GridRelative) and step.is_cuda:
+        grads = pull_grid(inner, step if inner is part else step.mT)
     else:
         grads = part.pull(step)
     skipped: list[Tensor | None] = [None] * before

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnbias.bias import (
     Bias,
+    Dense,
     Distance,
     KeyBias,
     LowRank,
@@ -69,6 +70,8 @@ def give(problem: Problem, bias: Bias | None, *, parts: bool = False) -> Given:
             found = ranges.of_padding(keep)
             if not found.whole:
                 rows.append(to_mask(keep)[:, None])
+        elif isinstance(term, Dense) and term.queries is None and term.keys is not None:
+            rows.append(term.tensor[:, :, 0])
         elif isinstance(term, Relative):
             tables.append(term.table)
         elif isinstance(term, LowRank):

@@ -22,7 +22,6 @@ from attnbias.kernels.terms import (
     Box,
     Fours,
     Indexed,
-    Row,
     Same,
     Spread,
     Whole,
@@ -122,9 +121,6 @@ def lines(tensor: Tensor, device: torch.device, kind: torch.dtype = torch.float3
 
 def _dense(term: Dense, device: torch.device) -> Term:
     tensor = term.tensor.detach().to(device)
-    if tensor.shape[2] == 1 and tensor.shape[3] > 1:
-        row = lines(tensor[:, :, 0], device)
-        return ("row", Row(row, *steps(row, 2)))
     return ("whole", Whole(tensor, *steps(tensor, 4)))
 
 

@@ -226,6 +226,18 @@ def test_a_table_is_summed_the_same_on_a_device(name: str) -> None:
         torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-5)
 
 
+def test_an_exchanged_table_is_summed_the_same_on_a_device() -> None:
+    bias = CASES["grid, exchanged"]()
+    assert isinstance(bias, Transposed)
+    assert isinstance(bias.inner, ab.GridRelative)
+    step = draw(bias.batch, bias.heads, bias.queries or 0, bias.keys or 0)
+    found = triton_entries.pull_grid(bias.inner, step.mT)
+    for one, two in zip(found, bias.detach().pull(step.clone()), strict=True):
+        assert one is not None
+        assert two is not None
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-5)
+
+
 def test_a_matrix_of_all_batch_elements_is_written_once() -> None:
     bias = ab.Dense(learned(1, HEADS, 37, 41))
     query, key, value = problem(bias)

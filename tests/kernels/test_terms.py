@@ -14,7 +14,8 @@ from attnbias.errors import Refused
 
 pytest.importorskip("triton")
 
-from attnbias.lowering import triton_terms
+from attnbias.lowering import triton_parts, triton_terms
+from attnbias.lowering.problem import Problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS = 4
@@ -175,6 +176,23 @@ def test_few_vectors_of_distances_read_the_query() -> None:
     assert isinstance(want, torch.Tensor)
     torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=0)
     assert (reference(given, None)[0] - out).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("grid, four keys at a time", {"fours"}),
+        ("grid, specials", {"indexed_some"}),
+        ("two rows", {"row"}),
+        ("two tables", {"strip"}),
+        ("matrix of one row", {"row"}),
+    ],
+)
+def test_like_structures_are_one_term(name: str, kinds: set[str]) -> None:
+    bias = CASES[name]()
+    given = triton_parts.give(Problem(*problem(bias), bias, 0.25), bias)
+    assert set(given.kinds) == kinds
+    assert len(given.kinds) == 1
 
 
 def test_what_no_kernel_can_read_is_refused_with_what_to_do() -> None:
