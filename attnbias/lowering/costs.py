@@ -10,8 +10,8 @@ the work does.
 A table is of one kind of device. The package ships those of ``costs.json`` beside this file; a
 table of your own machine comes first: the file that the variable ``ATTNBIAS_COSTS`` names, or else
 ``attnbias/costs.json`` in ``$XDG_CONFIG_HOME`` (``~/.config``). Where there is no table for a
-device, without compiled loops, or in a format that was not measured, the lowerings' own prices
-hold.
+device, without compiled loops, in a format that was not measured, or inside a graph that
+`torch.compile` makes, the lowerings' own prices hold.
 """
 
 from __future__ import annotations
@@ -155,6 +155,9 @@ def user_path() -> Path:
 
 def table(device: torch.device) -> Table | None:
     """The costs that hold for a device now; None where none were measured."""
+    # In a graph that is being compiled sizes are symbols: every count would tie it to one length.
+    if torch.compiler.is_compiling():
+        return None
     if _off or (device.type in ("cpu", "meta") and not native.available()):
         return None
     name = device_kind(device)
