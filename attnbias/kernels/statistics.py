@@ -6,6 +6,10 @@ tile adds up to. Sums along a row stay on chip. Sums along a column go to lines 
 own, which one sum over the programs in a fixed order joins afterwards: no atomics, and two runs
 agree bit for bit. Long sums carry what rounding took from them (Kahan 1965).
 
+Scores are made as ``k q^T``, so that the threads of a warp share a query and the sum of a column is
+nearly a thread's own. Of the sums along rows a thread keeps its part (`folded`) and does not meet
+the others before the end of a lot of tiles.
+
 `normalise` finds the log-sum-exp alone, where nothing else has: scores, and no values.
 """
 
@@ -25,22 +29,25 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # A weight below e^-100 is no number of float32, and its logarithm must not meet it as infinity.
 FAINT = tl.constexpr(100.0)
 FAR = tl.constexpr(2147483647)
+LOT = tl.constexpr(32)  # tiles whose sums are not yet joined
+
+
+MEANS = (2, 6, 1, 5)
 
 
 class Sums(NamedTuple):
     """Where the sums go; None for what is not asked for.
 
-    received: ``(units, parts, 2, keys)``, a line and its rounding for each program. inner, gap:
-    ``(units, queries)``. surprise, place: ``(units, queries, TOP)``, the smallest ``lse - s`` of a
-    row in no order, and their keys (negative: none). means: ``(units, queries, FEATURES)``.
+    received: ``(units, parts, 2, keys)``, a line and its rounding for each program. rows: ``(units,
+    queries, 2, 8)``, at 0 the entropy of a row, at 4 its mean distance, at `MEANS` those of its
+    features, and the rounding of each. Both start at 0. surprise, place: ``(units, queries, TOP)``,
+    the smallest ``lse - s`` of a row in no order, and their keys (negative: none).
     """
 
     received: Any
-    inner: Any
-    gap: Any
+    rows: Any
     surprise: Any
     place: Any
-    means: Any
 
 
 class Along(NamedTuple):
@@ -58,22 +65,64 @@ class Along(NamedTuple):
 
 @triton.jit
 def tile_scores(
-    q, q_more, left, keys, key_row, rights, right_row, scale, terms, b, h, i, j, im, jm, n,
+    q, q_more, left, keys, key_row, rights, right_row, scale, terms,
+    b, h, i, im, begin, j, jm, n,
     size: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
-    SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
+    MASKED: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile ``(rows, keys)`` in float32, with everything that is added to them."""
-    at = j.to(tl.int64)
-    k = part(keys, key_row, at, jm, size, 0, SIZE, True)
-    s = dot(q, tl.trans(k), PRECISION)
+    # Keys of a tile are counted from its own start: 32 bits hold them whatever the tensor.
+    c = tl.arange(0, COLS)
+    keys += begin.to(tl.int64) * key_row
+    k = part(keys, key_row, c, jm, size, 0, SIZE, MASKED)
+    s = dot(k, tl.trans(q), PRECISION)
     if SIZE_MORE > 0:
-        k_more = part(keys, key_row, at, jm, size, SIZE, SIZE_MORE, True)
-        s = add_dot(s, q_more, tl.trans(k_more), PRECISION)
+        k_more = part(keys, key_row, c, jm, size, SIZE, SIZE_MORE, MASKED)
+        s = add_dot(s, k_more, tl.trans(q_more), PRECISION)
     s *= scale
     if RANK > 0:
-        right = part(rights, right_row, at, jm, RANK, 0, RANK, True)
-        s += dot(left, tl.trans(right), PRECISION)
-    return add_terms(s, terms, KINDS, b, h, i, j, im, jm, n)
+        rights += begin.to(tl.int64) * right_row
+        right = part(rights, right_row, c, jm, RANK, 0, RANK, MASKED)
+        s += dot(right, tl.trans(left), PRECISION)
+    return add_terms(tl.trans(s), terms, KINDS, b, h, i, j, im, jm, n)
+
+
+@triton.jit
+def lined(x, ROWS: tl.constexpr, COLS: tl.constexpr, LINES: tl.constexpr):
+    """A tile with its keys taken apart as the threads hold them: of a key's number the bits of the
+    warp and of the eight threads of a column make one of LINES lines, the others a thread's own.
+    """
+    return tl.reshape(x, (ROWS, COLS // (2 * LINES), LINES // 8, 2, 8))
+
+
+@triton.jit
+def folded(x, ROWS: tl.constexpr, COLS: tl.constexpr, LINES: tl.constexpr):
+    """``(rows, keys)`` summed to ``(rows, LINES)``: what a thread holds, on no other's account."""
+    x = tl.sum(tl.sum(lined(x, ROWS, COLS, LINES), 3), 1)
+    return tl.reshape(x, (ROWS, LINES))
+
+
+@triton.jit
+def nearer(x, i, y, j):
+    """The smaller number and its place, of equal ones the first."""
+    own = (x < y) | ((x == y) & (i < j))
+    return tl.where(own, x, y), tl.where(own, i, j)
+
+
+@triton.jit
+def folded_least(x, j, ROWS: tl.constexpr, COLS: tl.constexpr, LINES: tl.constexpr):
+    """The smallest entry of every line, ``(rows, LINES)``, and its key."""
+    at = tl.broadcast_to(j[None, :], (ROWS, COLS))
+    x, at = lined(x, ROWS, COLS, LINES), lined(at, ROWS, COLS, LINES)
+    x, at = tl.reduce((x, at), 3, nearer)
+    x, at = tl.reduce((x, at), 1, nearer)
+    return tl.reshape(x, (ROWS, LINES)), tl.reshape(at, (ROWS, LINES))
+
+
+@triton.jit
+def weighed(p, values, j, jm, k: tl.constexpr, FEATURES: tl.constexpr):
+    """Weights times feature k of their keys."""
+    return p * tl.load(values + j * FEATURES + k, mask=jm, other=0.0)[None, :]
 
 
 @triton.jit
@@ -123,11 +172,13 @@ def normalise(
     for phase in tl.static_range(0 if BAND % 2 == 1 or RANGES else 1, 3):
         count = whole if phase == 1 else (before if phase == 0 else after)
         for t in range(count):
-            j = start + t * COLS + tl.arange(0, COLS)
-            jm = j < m
+            begin = start + t * COLS
+            j = begin + tl.arange(0, COLS)
+            jm = j < m if phase != 1 else tl.full((COLS,), True, tl.int1)
             s = tile_scores(
                 q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms,
-                b, h, i, j, im, jm, n, size, KINDS, RANK, PRECISION, SIZE, SIZE_MORE,
+                b, h, i, im, begin, j, jm, n,
+                size, KINDS, RANK, PRECISION, phase != 1, COLS, SIZE, SIZE_MORE,
             )  # fmt: skip
             if phase != 1:
                 seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
@@ -152,7 +203,7 @@ def statistics(
     RANGES: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
     RECEIVED: tl.constexpr, INNER: tl.constexpr, GAP: tl.constexpr, TOP: tl.constexpr,
-    FEATURES: tl.constexpr,
+    FEATURES: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """One program: every `parts`-th block of ROWS queries of one head, back and forth, so that
     under a causal mask all programs have as much to do.
@@ -160,8 +211,8 @@ def statistics(
     query ``(b, h, i, size)``, key ``(b, h // share, j, size)``; *_steps: (batch, head, row), the
     last dimension is contiguous. lse ``(b, h, n)`` contiguous, plus infinity for a query that does
     not count. columns, terms, places: see `forward`. along: `Along`; sums: `Sums`. RECEIVED, INNER,
-    GAP: whether they are wanted; TOP: how many keys, a power of two, or 0; FEATURES: how many, a
-    power of two of 16 or more, or 0.
+    GAP: whether they are wanted; TOP: how many keys, a power of two, or 0; FEATURES: how many, 0 to
+    4. LINES: see `lined`, 8 for each warp.
     """
     unit = tl.program_id(0) // parts
     own = tl.program_id(0) % parts
@@ -191,21 +242,14 @@ def statistics(
             left = part(lefts, columns.left_row, row, im, RANK, 0, RANK, True)
         logs = tl.load(lse + line, mask=im, other=float("inf"))
         here = tl.load(along.query + b * along.query_batch + i, mask=im, other=0.0) if GAP else logs
-        inner = tl.zeros((ROWS,), tl.float32)
-        inner_rest = tl.zeros((ROWS,), tl.float32)
-        gap = tl.zeros((ROWS,), tl.float32)
-        gap_rest = tl.zeros((ROWS,), tl.float32)
-        if TOP > 0:
-            # Of a row that does not count every ``lse - s`` is infinite, and none is smaller.
-            least = tl.full((ROWS,), float("inf"), tl.float32)
         if TOP == 1:
-            place = tl.full((ROWS,), -1, tl.int32)
+            # Of a row that does not count every ``lse - s`` is infinite, and none is smaller.
+            least = tl.full((ROWS, LINES), float("inf"), tl.float32)
+            place = tl.full((ROWS, LINES), -1, tl.int32)
         elif TOP > 1:
-            best = tl.broadcast_to(least[:, None], (ROWS, TOP))
+            least = tl.full((ROWS,), float("inf"), tl.float32)
+            best = tl.full((ROWS, TOP), float("inf"), tl.float32)
             place = tl.broadcast_to(-1 - tl.arange(0, TOP)[None, :], (ROWS, TOP))
-        if FEATURES > 0:
-            means = tl.zeros((ROWS, FEATURES), tl.float32)
-            means_rest = tl.zeros((ROWS, FEATURES), tl.float32)
         first, last = span(places, b, block, i, im, n, m, BAND, RANGES, ROWS)
         last = tl.where(block < blocks, last, first)
         inside, outside = whole_span(places, b, block, i, im, n, m, BAND, RANGES, ROWS)
@@ -215,66 +259,82 @@ def statistics(
             tl.debug_barrier()
         for phase in tl.static_range(0 if BAND % 2 == 1 or RANGES else 1, 3):
             count = whole if phase == 1 else (before if phase == 0 else after)
-            for t in range(count):
-                j = start + t * COLS + tl.arange(0, COLS)
-                jm = j < m
-                if RECEIVED:
-                    mine = sums.received + tl.program_id(0).to(tl.int64) * 2 * m + j
-                    column = tl.load(mine, mask=jm, other=0.0)
-                    column_rest = tl.load(mine + m, mask=jm, other=0.0)
-                x = logs[:, None] - tile_scores(
-                    q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms,
-                    b, h, i, j, im, jm, n, size, KINDS, RANK, PRECISION, SIZE, SIZE_MORE,
-                )  # fmt: skip
-                if phase != 1:
-                    seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
-                    x = tl.where(seen, x, float("inf"))
-                p = tl.exp2(x * -LOG2E)
-                if RECEIVED:
-                    column, column_rest = joined(column, column_rest, tl.sum(p, 0))
-                    tl.store(mine, column, mask=jm)
-                    tl.store(mine + m, column_rest, mask=jm)
-                if INNER:
-                    more = tl.sum(p * tl.minimum(x, FAINT), 1)
-                    inner, inner_rest = joined(inner, inner_rest, more)
-                if GAP:
-                    there = tl.load(along.key + b * along.key_batch + j, mask=jm, other=0.0)
-                    more = tl.sum(p * tl.abs(here[:, None] - there[None, :]), 1)
-                    gap, gap_rest = joined(gap, gap_rest, more)
-                if FEATURES > 0:
-                    values = along.value + b * along.value_batch
-                    value = part(values, FEATURES, j, jm, FEATURES, 0, FEATURES, True)
-                    # Not into an accumulator of the tensor cores, which cut digits off.
-                    means, means_rest = joined(means, means_rest, dot(p, value, PRECISION))
-                if TOP == 1:
-                    peak = tl.min(x, 1)
-                    at = tl.min(tl.where(x == peak[:, None], j[None, :], FAR), 1)
-                    place = tl.where(peak < least, at, place)
-                    least = tl.minimum(least, peak)
-                elif TOP > 1:
-                    peak = tl.min(x, 1)
-                    while tl.max((peak < least).to(tl.int32), 0) > 0:
-                        at = tl.min(tl.where(x == peak[:, None], j[None, :], FAR), 1)
-                        # It takes the place of the smallest; of equal ones the first key stays.
-                        worst = tl.max(tl.where(best == least[:, None], place, -FAR), 1)
-                        taken = (place == worst[:, None]) & (peak < least)[:, None]
-                        best = tl.where(taken, peak[:, None], best)
-                        place = tl.where(taken, at[:, None], place)
-                        x = tl.where(j[None, :] == at[:, None], float("inf"), x)
-                        least = tl.max(best, 1)
+            for lot in range(tl.cdiv(count, LOT)):
+                zero = tl.zeros((ROWS, LINES), tl.float32)
+                inner_lot, gap_lot, lot_0, lot_1, lot_2, lot_3 = zero, zero, zero, zero, zero, zero
+                for t in range(lot * LOT, tl.minimum((lot + 1) * LOT, count)):
+                    begin = start + t * COLS
+                    j = begin + tl.arange(0, COLS)
+                    jm = j < m if phase != 1 else tl.full((COLS,), True, tl.int1)
+                    if RECEIVED:
+                        mine = sums.received + tl.program_id(0).to(tl.int64) * 2 * m + j
+                        column = tl.load(mine, mask=jm, other=0.0)
+                        column_rest = tl.load(mine + m, mask=jm, other=0.0)
+                    x = logs[:, None] - tile_scores(
+                        q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms,
+                        b, h, i, im, begin, j, jm, n,
+                        size, KINDS, RANK, PRECISION, phase != 1, COLS, SIZE, SIZE_MORE,
+                    )  # fmt: skip
+                    if phase != 1:
+                        seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
+                        x = tl.where(seen, x, float("inf"))
+                    p = tl.exp2(x * -LOG2E)
+                    if RECEIVED:
+                        column, column_rest = joined(column, column_rest, tl.sum(p, 0))
+                        tl.store(mine, column, mask=jm)
+                        tl.store(mine + m, column_rest, mask=jm)
+                    if INNER:
+                        inner_lot += folded(p * tl.minimum(x, FAINT), ROWS, COLS, LINES)
+                    if GAP:
+                        there = tl.load(along.key + b * along.key_batch + j, mask=jm, other=0.0)
+                        far = tl.abs(here[:, None] - there[None, :])
+                        gap_lot += folded(p * far, ROWS, COLS, LINES)
+                    values = along.value
+                    if FEATURES > 0:
+                        values += b * along.value_batch
+                        lot_0 += folded(weighed(p, values, j, jm, 0, FEATURES), ROWS, COLS, LINES)
+                    if FEATURES > 1:
+                        lot_1 += folded(weighed(p, values, j, jm, 1, FEATURES), ROWS, COLS, LINES)
+                    if FEATURES > 2:
+                        lot_2 += folded(weighed(p, values, j, jm, 2, FEATURES), ROWS, COLS, LINES)
+                    if FEATURES > 3:
+                        lot_3 += folded(weighed(p, values, j, jm, 3, FEATURES), ROWS, COLS, LINES)
+                    if TOP == 1:
+                        # Keys come in their order: of equal weights the one there stays.
+                        peak, at = folded_least(x, j, ROWS, COLS, LINES)
+                        place = tl.where(peak < least, at, place)
+                        least = tl.minimum(least, peak)
+                    elif TOP > 1:
                         peak = tl.min(x, 1)
+                        while tl.max((peak < least).to(tl.int32), 0) > 0:
+                            at = tl.min(tl.where(x == peak[:, None], j[None, :], FAR), 1)
+                            # It takes the place of the smallest; of equal ones the first key stays.
+                            worst = tl.max(tl.where(best == least[:, None], place, -FAR), 1)
+                            taken = (place == worst[:, None]) & (peak < least)[:, None]
+                            best = tl.where(taken, peak[:, None], best)
+                            place = tl.where(taken, at[:, None], place)
+                            x = tl.where(j[None, :] == at[:, None], float("inf"), x)
+                            least = tl.max(best, 1)
+                            peak = tl.min(x, 1)
+                if INNER or GAP or FEATURES > 0:
+                    # Of these sums a thread would hold every row: they wait in memory.
+                    tl.debug_barrier()
+                    pairs = tl.join(tl.sum(inner_lot, 1), tl.sum(gap_lot, 1))
+                    means = tl.join(tl.sum(lot_0, 1), tl.sum(lot_1, 1))
+                    others = tl.join(tl.sum(lot_2, 1), tl.sum(lot_3, 1))
+                    more = tl.join(tl.join(pairs, means), tl.join(others, others))
+                    wait = sums.rows + line[:, None] * 16 + tl.arange(0, 8)[None, :]
+                    total = tl.load(wait, mask=im[:, None], other=0.0)
+                    rest = tl.load(wait + 8, mask=im[:, None], other=0.0)
+                    total, rest = joined(total, rest, tl.reshape(more, (ROWS, 8)))
+                    tl.store(wait, total, mask=im[:, None])
+                    tl.store(wait + 8, rest, mask=im[:, None])
             start += count * COLS
-        if INNER:
-            tl.store(sums.inner + line, inner - inner_rest, mask=im)
-        if GAP:
-            tl.store(sums.gap + line, gap - gap_rest, mask=im)
         if TOP == 1:
+            least, place = tl.reduce((least, place), 1, nearer)
             tl.store(sums.surprise + line, least, mask=im)
             tl.store(sums.place + line, place, mask=im)
         elif TOP > 1:
             t = line[:, None] * TOP + tl.arange(0, TOP)[None, :]
             tl.store(sums.surprise + t, best, mask=im[:, None])
             tl.store(sums.place + t, place, mask=im[:, None])
-        if FEATURES > 0:
-            f = line[:, None] * FEATURES + tl.arange(0, FEATURES)[None, :]
-            tl.store(sums.means + f, means - means_rest, mask=im[:, None])

@@ -9,11 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
+from attnbias import kernels
 from attnbias.kernels import configs
 from attnbias.kernels.launch import Given, rows_of, steps
-from attnbias.kernels.statistics import Along, Sums, normalise, statistics
+from attnbias.kernels.statistics import MEANS, Along, Sums, normalise, statistics
 
-WIDEST = 64  # features that one pass takes
+WIDEST = 4  # features that one pass takes
 LINES = 1 << 26  # bytes of columns' sums that are always granted
 
 
@@ -36,9 +37,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
-    """received ``(batch, heads, keys)`` float64; inner, gap ``(batch, heads, queries)``, means
-    ``(.., queries, F)``, weight and place ``(.., queries, top)``, largest first, place -1 where no
-    key is left; None for what was not wanted.
+    """received ``(batch, heads, keys)``, inner, gap ``(batch, heads, queries)`` and means ``(..,
+    queries, F)`` in float64; weight and place ``(.., queries, top)``, largest first, place -1 where
+    no key is left; None for what was not wanted.
     """
 
     received: Tensor | None
@@ -54,10 +55,10 @@ def log_sum_exp(query: Tensor, key: Tensor, scale: float, given: Given) -> Tenso
     query, key = rows_of(query), rows_of(key)
     batch, heads, n, _ = query.shape
     lse = torch.empty(batch, heads, n, dtype=torch.float32, device=query.device)
-    config = _config("normalise", query, given)
+    tiles = config(query, given)
     kernel: Any = normalise
-    kernel[(triton.cdiv(n, config.rows) * batch * heads,)](
-        query, key, lse, *_shared(query, key, scale, given), **_constants(query, given, config)
+    kernel[(triton.cdiv(n, tiles.rows) * batch * heads,)](
+        query, key, lse, *_shared(query, key, scale, given), **_constants(query, given, tiles)
     )
     return lse
 
@@ -65,7 +66,7 @@ def log_sum_exp(query: Tensor, key: Tensor, scale: float, given: Given) -> Tenso
 def statistics_pass(
     query: Tensor, key: Tensor, lse: Tensor, scale: float, given: Given, wanted: Wanted
 ) -> Found:
-    """One pass over the map, and one more for every 64 features beyond the first 64.
+    """One pass over the map, and one more for every 4 features beyond the first 4.
 
     query, key: in float32 or a half format, whose products are exact in float32. lse ``(batch,
     heads, queries)`` float32: the normaliser of each row, plus infinity for a row that does not
@@ -92,22 +93,20 @@ def _one_pass(
     query, key = rows_of(query), rows_of(key)
     batch, heads, n, _ = query.shape
     units, m, device = batch * heads, key.shape[2], query.device
-    config = _config("statistics", query, given)
-    parts = _parts(query, key, triton.cdiv(n, config.rows))
+    tiles = config(query, given, wanted)
+    parts = _parts(query, key, triton.cdiv(n, tiles.rows))
     top = configs.power(wanted.top, 1) if wanted.top else 0
     features = wanted.features
-    width = 0 if features is None else configs.power(features.shape[-1])
+    width = 0 if features is None else features.shape[-1]
 
-    def rows(*more: int) -> Tensor:
-        return torch.empty(units, n, *more, dtype=torch.float32, device=device)
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(units, *shape, dtype=torch.float32, device=device)
 
     sums = Sums(
-        torch.zeros(units, parts, 2, m, device=device) if wanted.received else None,
-        rows() if wanted.inner else None,
-        rows() if wanted.gap else None,
-        rows(top) if top else None,
-        rows(top).int() if top else None,
-        rows(width) if width else None,
+        zeros(parts, 2, m) if wanted.received else None,
+        zeros(n, 2, 8) if wanted.inner or wanted.gap or width else None,
+        zeros(n, top) if top else None,
+        zeros(n, top).int() if top else None,
     )
     kernel: Any = statistics
     kernel[(units * parts,)](
@@ -116,24 +115,25 @@ def _one_pass(
         lse.float().contiguous(),
         *_shared(query, key, scale, given),
         parts,
-        _along(wanted, width),
+        _along(wanted),
         sums,
         RECEIVED=wanted.received,
         INNER=wanted.inner,
         GAP=wanted.gap,
         TOP=top,
         FEATURES=width,
-        **_constants(query, given, config),
+        LINES=8 * min(tiles.warps, tiles.cols // 16),
+        **_constants(query, given, tiles),
     )
     shape = (batch, heads, n)
     weight, place = _ranked(sums, shape, wanted.top)
     return Found(
         _received(sums.received, batch, heads),
-        None if sums.inner is None else sums.inner.view(shape),
-        None if sums.gap is None else sums.gap.view(shape),
+        _summed(sums.rows, shape, 0) if wanted.inner else None,
+        _summed(sums.rows, shape, 4) if wanted.gap else None,
         weight,
         place,
-        None if features is None else sums.means.view(*shape, width)[..., : features.shape[-1]],
+        _summed(sums.rows, shape, list(MEANS[:width])) if width else None,
     )
 
 
@@ -153,7 +153,7 @@ def _shared(query: Tensor, key: Tensor, scale: float, given: Given) -> tuple[Any
     )
 
 
-def _constants(query: Tensor, given: Given, config: configs.Config) -> dict[str, Any]:
+def _constants(query: Tensor, given: Given, tiles: configs.Config) -> dict[str, Any]:
     one, more = configs.halves(query.shape[3])
     return {
         "size": query.shape[3],
@@ -163,17 +163,33 @@ def _constants(query: Tensor, given: Given, config: configs.Config) -> dict[str,
         "RANGES": given.ranges,
         # Weights and factors are float32, whatever the queries are.
         "PRECISION": configs.precision(torch.float32),
-        "ROWS": config.rows,
-        "COLS": config.cols,
+        "ROWS": tiles.rows,
+        "COLS": tiles.cols,
         "SIZE": one,
         "SIZE_MORE": more,
-        **config.options(),
+        **tiles.options(),
     }
 
 
-def _config(kernel: str, query: Tensor, given: Given) -> configs.Config:
-    size = query.shape[3]
-    return configs.choose(kernel, query.dtype, size, size, given.rank)
+def config(query: Tensor, given: Given, wanted: Wanted | None = None) -> configs.Config:
+    """Tiles of `statistics`, or of `normalise` where nothing is wanted."""
+    how = configs.precision(query.dtype)
+    if kernels.interpreted():
+        return configs.Config(32, 32, 4, 1, how)
+    wide, backend = sum(configs.halves(query.shape[3])), configs.card()[0]
+    if wanted is None:
+        return configs.choose("normalise", query.dtype, query.shape[3], 16, given.rank)
+    # Lines that a thread keeps for every row: sums, and the largest weight with its key.
+    kept = wanted.inner + wanted.gap + 2 * (wanted.top > 0)
+    kept += 0 if wanted.features is None else wanted.features.shape[-1]
+    rows, cols, warps = (64, 64, 4) if kept <= 2 and not given.kinds else (32, 128, 4)
+    if kept > 7 or given.kinds or given.rank or wide > 128:
+        rows, cols, warps = 32, 128, 8
+    if query.dtype == torch.float32:
+        rows, cols, warps = 32, 64, 4
+    if backend == "hip":
+        rows, cols, warps = 32, 64, 4
+    return configs.Config(rows, cols, warps, 1, how)
 
 
 def _parts(query: Tensor, key: Tensor, blocks: int) -> int:
@@ -186,17 +202,16 @@ def _parts(query: Tensor, key: Tensor, blocks: int) -> int:
     return max(1, min(programs // units, blocks, granted // (8 * units * key.shape[2])))
 
 
-def _along(wanted: Wanted, width: int) -> Along:
+def _along(wanted: Wanted) -> Along:
     def lines(given: Tensor | None) -> tuple[Tensor | None, int]:
         if given is None:
             return None, 0
         given = given.float().contiguous()
         return given, 0 if len(given) == 1 else given.stride(0)
 
-    value = wanted.features
-    if value is not None:
-        value = torch.nn.functional.pad(value.float(), (0, width - value.shape[-1]))
-    return Along(*lines(wanted.query_positions), *lines(wanted.key_positions), *lines(value))
+    return Along(
+        *lines(wanted.query_positions), *lines(wanted.key_positions), *lines(wanted.features)
+    )
 
 
 def _received(lines: Tensor | None, batch: int, heads: int) -> Tensor | None:
@@ -204,6 +219,11 @@ def _received(lines: Tensor | None, batch: int, heads: int) -> Tensor | None:
         return None
     total = lines.sum(1, dtype=torch.float64)  # in a fixed order on every device
     return (total[:, 0] - total[:, 1]).view(batch, heads, -1)
+
+
+def _summed(rows: Any, shape: tuple[int, int, int], which: int | list[int]) -> Tensor:
+    total, rest = rows.view(*shape, 2, 8)[..., which].double().unbind(len(shape))
+    return total - rest
 
 
 def _ranked(
