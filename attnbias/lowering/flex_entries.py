@@ -77,7 +77,7 @@ def sees(
             seen = seen & (step <= tensors[-1][k * 0])
         return seen
     if name == "keep":
-        return read(tensors[0], kind[1], b, h, k)
+        return read(tensors[0], kind[1], b, h, k) > 0
     if name == "same":
         return read(tensors[0], kind[1], b, h, q) == read(tensors[1], kind[2], b, h, k)
     if name == "near":

@@ -121,7 +121,8 @@ def _mask(term: Bias) -> Part:
         return Part(("band", low is not None, high is not None), ends)
     if isinstance(term, Padding):
         keep, outer = squeezed(term.keep, 1)
-        return Part(("keep", outer), (keep,))
+        # As integers: with booleans its kernel keeps its registers in memory.
+        return Part(("keep", outer), (keep.int(),))
     if isinstance(term, Segments):
         (one, outer), (two, outer_keys) = squeezed(term.query_ids, 1), squeezed(term.key_ids, 1)
         return Part(("same", outer, outer_keys), (one, two))

@@ -93,16 +93,15 @@ def entry(
         if squared:
             distance = distance * distance
     else:
-        near, far = x[0] * 0, x[0] * 0
-        for d in range(dims):
-            less = x[d] - y[d]
-            more = x[d] + y[d]
-            if pairs:
-                less = less + (low_x[d] - low_y[d])
-                more = more + (low_x[d] + low_y[d])
-            near = near + less * less
-            far = far + more * more
+        less = [x[d] - y[d] for d in range(dims)]
+        if pairs:
+            less = [less[d] + (low_x[d] - low_y[d]) for d in range(dims)]
+        near = _total([part * part for part in less])
         if metric == "great_circle":
+            more = [x[d] + y[d] for d in range(dims)]
+            if pairs:
+                more = [more[d] + (low_x[d] + low_y[d]) for d in range(dims)]
+            far = _total([part * part for part in more])
             distance = 2 * torch.atan2(root(near), root(far))
             distance = distance * distance if squared else distance
         else:
@@ -113,20 +112,28 @@ def entry(
     head = h if per_head else h * 0
     count = {"linear": 1, "exponential": 2, "bell": 3}[form] * bases
     found = [next(rest)[head] for _ in range(count)]
-    value = x[0] * 0
+    values = []
     for f in range(bases):
         if form == "linear":
-            value = value + distance * found[f]
+            values.append(distance * found[f])
         elif form == "exponential":
-            value = value + found[f] * torch.exp(-found[bases + f] * distance)
+            values.append(found[f] * torch.exp(-found[bases + f] * distance))
         else:
             step = distance - found[2 * bases + f]
-            value = value + found[f] * torch.exp(-found[bases + f] * (step * step))
+            values.append(found[f] * torch.exp(-found[bases + f] * (step * step)))
+    value = _total(values)
     if outer is not None:
         value = value * read(next(rest), outer, b, h, q)
     if key_outer is not None:
         value = value * read(next(rest), key_outer, b, h, k)
     return value + missing
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def read(tensor: Tensor, outer: tuple[bool, ...], b: Tensor, h: Tensor, *places: Tensor) -> Tensor:
