@@ -37,7 +37,11 @@ SHIPPED = Path(__file__).with_name("costs.json")
 VERSION = 1
 KEPT = 4096  # choices of a table that are remembered
 # Counts that name a structure.
-MANY = ("entries", "pull", "own reads", "own backward reads", "own sums")
+MANY = (
+    *("entries", "pull"),
+    *(f"{who} {what}" for who in ("own", "triton", "flex") for what in ("reads", "sums")),
+    *(f"{who} backward reads" for who in ("own", "triton", "flex")),
+)
 
 
 @dataclasses.dataclass(frozen=True)

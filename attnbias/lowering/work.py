@@ -15,6 +15,8 @@ from attnbias.lowering.strided import blocks as strided_blocks
 from attnbias.lowering.sums import Sums
 from attnbias.lowering.traffic import operator_block
 
+KERNEL = 128  # queries of a program of a GPU kernel, about
+
 
 def unbiased(problem: Problem) -> Counts:
     """The counts of `sdpa` on the problem without its bias, causal where that is."""
@@ -165,6 +167,33 @@ def _grid(e: Effort) -> None:
     e.operator(float(p.queries * p.keys), e.wide, masked=True, rows=size, units=lines)
 
 
+def _kernel(name: str) -> Callable[[Effort], None]:
+    """One kernel that makes the entries where it needs them, forward and backward."""
+
+    def count(e: Effort) -> None:
+        p, pairs = e.problem, e.seen(KERNEL)
+        wide = float(e.size + e.value)
+        for way in ("", "backward ")[: 1 if e.way == "forward" else 2]:
+            e.add(f"{name} call", **{f"{way}once": 1.0})
+            e.add(
+                f"{name} {way}{e.format}",
+                products=e.units * pairs * wide,
+                scores=e.units * pairs,
+                rows=e.units * p.queries * wide,
+                keys=e.units * p.keys * wide,
+                blocks=float(e.units * math.ceil(p.queries / KERNEL)),
+                dropped=e.units * pairs * (p.dropout > 0.0),
+            )
+            for term in e.terms:
+                if not isinstance(term, Window):
+                    number = e.units * pairs * term.entry_cost
+                    e.add(f"{name} {way}reads", **{kind(term): number})
+                    if way and e.way == "learned" and term.requires_grad:
+                        e.add(f"{name} sums", **{kind(term): number})
+
+    return count
+
+
 COUNTS: dict[str, Callable[[Effort], None]] = {
     "sdpa": _sdpa,
     "strided": _strided,
@@ -175,10 +204,12 @@ COUNTS: dict[str, Callable[[Effort], None]] = {
     "tiled": _tiled,
     "stream": _stream,
     "own": _own,
+    "triton": _kernel("triton"),
+    "flex": _kernel("flex"),
 }
 # Whose backward pass is that by tiles, whether the bias learns or not.
 BY_TILES = ("stream", "windows")
-OWN_BACKWARD = ("own", "packed")
+OWN_BACKWARD = ("own", "packed", "triton", "flex")
 
 
 def counts(name: str, problem: Problem) -> Counts:
