@@ -3,7 +3,7 @@
 The operator of the CPU build is fast and has sharp edges (each is probed or tested): a zero length
 ends the process, a row with no visible key reports a log-sum-exp of 0, the log-sum-exp carries no
 gradient and comes back with odd strides, head sizes of keys and values must agree. `flash` has
-none of these edges.
+none of these edges. Those of GPUs have others: `flash_gpu`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attnbias.lowering import flash_gpu, plain
+from attnbias.lowering.flash_tiles import without_a_key
 
 # Rows of the plain fallback's tiles: small enough that a tile of 8 heads and 4,096 keys is 32 MB.
 _FALLBACK_ROWS = 256
@@ -164,6 +165,8 @@ def hide_empty(lse: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     if mask is None or mask.shape[-1] == 0:
         return lse
     suspects = lse == 0
+    if lse.device.type == "cuda":  # to look at a value would be to wait for the device
+        return lse.masked_fill_(suspects & without_a_key(mask, causal), -torch.inf)
     if not bool(suspects.any()):
         return lse
     if mask.stride(-2) == 0 or mask.shape[-2] == 1:  # one row of keys for all queries

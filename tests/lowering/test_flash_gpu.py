@@ -188,6 +188,19 @@ def test_lowerings_on_these_operators(operators: Operators, name: str) -> None:
     torch.testing.assert_close(lse, want_lse, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["row", "dense", "view", "gone"])
+def test_rows_without_a_key(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_tiles, "ENTRIES", 50)
+    for n, m in [(7, 19), (19, 7), (1, 3)]:
+        mask = masks(n + 1, m + 3)[name]
+        assert mask is not None
+        mask = mask[:, :, : min(n, mask.shape[2]), :m].expand(2, 4, n, m)
+        whole = _seen(mask, causal, torch.empty(2, 4, n, 1), torch.empty(2, 4, m, 1))
+        want = (whole == -torch.inf).all(-1)
+        assert torch.equal(flash_tiles.without_a_key(mask, causal).expand(2, 4, n), want)
+
+
 def test_more_batch_elements_than_a_grid_has(
     operators: Operators, monkeypatch: pytest.MonkeyPatch
 ) -> None:
