@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from attnbias import kernels
 from attnbias.bias import Bias, Dense, GridRelative, Sum
 from attnbias.bias.transposed import Transposed
 from attnbias.kernels import entries
@@ -85,7 +86,7 @@ def give(total: Total, before: int, part: Bias, step: Tensor) -> None:
     """Pull a strip back and add it to the parameters from number `before` on."""
     stored = part.parameters()
     inner = part.inner if isinstance(part, Transposed) else part
-    if isinstance(inner, GridRelative) and step.is_cuda:
+    if isinstance(inner, GridRelative) and not kernels.interpreted():
         grads = pull_grid(inner, step if inner is part else step.mT)
     else:
         grads = part.pull(step)
