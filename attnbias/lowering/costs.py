@@ -64,9 +64,10 @@ class Table:
         if problem.empty:
             return frozenset()
         way = f"{effort.direction(problem)} {format_name(problem.query.dtype)}"
-        return frozenset(
-            name for name, ways in self.lowerings.items() if way in ways and name in work.COUNTS
-        )
+        names = [name for name, ways in self.lowerings.items() if way in ways]
+        # A bias that learns by atomic additions differs from run to run, however fast it is.
+        without = {"flex"} if problem.bias_gradient else set()
+        return frozenset(names) & work.COUNTS.keys() - without
 
     def parts(self, lowering: str, problem: Problem) -> dict[str, float]:
         """Seconds of a lowering that offers on a problem, by count."""

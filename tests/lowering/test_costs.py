@@ -142,6 +142,18 @@ def test_a_kernel_counts_what_it_makes_and_sums() -> None:
     assert not any(name.startswith("tiles") for name in found)
 
 
+def test_what_learns_by_atomic_additions_is_not_chosen_by_its_time(tmp_path: Path) -> None:
+    (table,) = costs.read(written(tmp_path / "costs.json", SECONDS))
+    bias = ab.Relative(torch.randn(4, 599), queries=300, keys=300)
+    fixed = problem(300, 300, bias)
+    assert "flex" in table.measured_in(fixed)
+    learned = problem(
+        300, 300, ab.Relative(torch.randn(4, 599).requires_grad_(), queries=300, keys=300)
+    )
+    assert "flex" not in table.measured_in(learned)
+    assert "triton" in table.measured_in(learned)
+
+
 def test_a_graph_that_is_compiled_takes_the_own_prices(
     tmp_path: Path, loops: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
