@@ -189,7 +189,9 @@ def compiled(case: Case, card: offline.Card) -> list[dict[str, Any]]:
         row = {k: v for k, v in asdict(one).items() if k != "binary"}
         row["fits"] = one.fits
         if card.backend == "cuda" and one.tile is not None:
-            counts = offline.loops(offline.code_of(one))
+            text = offline.code_of(one)
+            row["hot"] = offline.kept_in_memory(text)
+            counts = offline.loops(text)
             row["loops"] = [offline.per_score(one, c) for c in counts]
         rows.append(row)
     return [*rows, {"kernel": "?", "card": card.name, "error": why}] if why else rows
@@ -202,14 +204,14 @@ def _fits(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     found = []
     for row in rows:
         if "error" in row:
-            found.append([row["card"], row["case"], row["error"], *[""] * 6])
+            found.append([row["card"], row["case"], row["error"], *[""] * 7])
             continue
         tile = "" if row["tile"] is None else "{} x {}".format(*row["tile"])
         shared = f"{row['shared'] / 1024:.0f}"
         said = "yes" if row["fits"] else "**no**"
         found.append(
             [row["card"], row["case"], f"`{row['kernel']}`", tile, str(row["warps"]),
-             str(row["registers"]), str(row["spilled"]), shared, said]
+             str(row["registers"]), str(row["spilled"]), str(row.get("hot", "")), shared, said]
         )  # fmt: skip
     return found
 
@@ -247,7 +249,8 @@ def write(known: dict[str, Any], started: str, seconds: float) -> None:
         header_markdown(how),
         "Compiled for cards that were not there, never run: what fits, not what is fast. "
         f"{len(made)} kernels for {', '.join(cards)}; {fit} keep all registers on chip and fit the "
-        "shared memory of their card.",
+        "shared memory of their card. Spilled: bytes of registers that a thread keeps in memory; "
+        "in loops: instructions that touch them inside of a loop over tiles (NVIDIA).",
     ]
     for card in cards:
         slots = _slots(rows, card)
@@ -258,7 +261,7 @@ def write(known: dict[str, Any], started: str, seconds: float) -> None:
                 "The shortest loop that makes exponentials, of a kernel by tiles.",
                 markdown_table(columns, slots),
             ]
-    columns = ["card", "case", "kernel", "tile", "warps", "registers", "spilled, bytes",
+    columns = ["card", "case", "kernel", "tile", "warps", "registers", "spilled, bytes", "in loops",
                "shared, kB", "fits"]  # fmt: skip
     if bad:
         text += ["## What does not fit", markdown_table(columns, _fits(bad))]

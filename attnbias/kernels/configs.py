@@ -13,6 +13,7 @@ import torch
 from attnbias import kernels
 from attnbias.kernels.kinds import Kind
 
+HOPPER = (90,)
 BLACKWELL = (100, 103)
 SMALL = (86, 89, 120, 121)  # cards with 99 kB of shared memory
 
@@ -92,11 +93,13 @@ def choose(
     elif full:
         old = number < 90 and rank + tiles > 0
         rows, cols, warps, stages = (32, 32, 4, 2) if old and wide <= 128 else _full(wide)
-        chunk = 16 if 64 < wide <= 128 else 32 if wide > 128 or number in BLACKWELL else 0
+        chunk = 16 if wide > 64 else 0 if number in HOPPER else 32
     else:
         mma = small or number < 90  # products of a warp, not of four
         rows, cols, warps, stages = _half(wide, mma, rank > 0 or tiles > 0, tiles)
         stages = 2 if small else stages
+        if small and number >= 120 and tiles:
+            cols = 32
         if number in BLACKWELL and tiles and wide <= 64:
             cols, stages = 64, 2
         chunk = 64 if wide > 128 and mma else 0

@@ -214,6 +214,17 @@ def _counts(code: list[tuple[int, str, int | None]], first: int, last: int) -> d
     return counts
 
 
+def kept_in_memory(text: str) -> int:
+    """Instructions inside of loops that make exponentials which read or write registers that are
+    kept in memory.
+    """
+    code = instructions(text)
+    ranges = [(to, at) for at, _, to in code if to is not None and to < at]
+    hot = [part for part in ranges if _counts(code, *part)["exponentials"]]
+    local = [at for at, operation, _ in code if operation.startswith(("LDL", "STL"))]
+    return sum(any(first <= at <= last for first, last in hot) for at in local)
+
+
 def per_score(compiled: Compiled, counts: dict[str, int]) -> dict[str, float]:
     """Instructions that a thread issues for a score, by kind."""
     assert compiled.tile is not None

@@ -38,6 +38,9 @@ def test_what_an_inner_loop_issues_is_counted() -> None:
     # 64 x 16 scores of 128 threads: eight for each.
     assert offline.per_score(one, counts)["order"] == 3 / 8
     assert offline.loops(CODE.replace("HGMMA", "FFMA")) == []
+    assert offline.kept_in_memory(CODE) == 0
+    assert offline.kept_in_memory(CODE.replace("IADD3", "LDL  ")) == 1
+    assert offline.kept_in_memory(CODE.replace("0x0 ;", "0x10 ;").replace("MUFU", "STL ")) == 0
 
 
 def test_a_kernel_fits_with_its_registers_on_chip_and_its_shared_memory_there() -> None:
