@@ -16,16 +16,18 @@ SMALL = (75, 86, 87, 89, 120, 121)  # NVIDIA's cards with 99 kB of shared memory
 Sizes = tuple[int, int, int, int, int]  # rows, columns, warps, stages, chunk
 
 
-def keys(dtype: torch.dtype, size: int, width: int, rank: int) -> Config:
-    """Of `backward_keys.keys_pass`: rows are the queries of a tile, columns the keys it owns."""
+def keys(dtype: torch.dtype, size: int, width: int, rank: int, drops: bool) -> Config:
+    """Of `backward_keys.keys_pass`: rows are the queries of a tile, columns the keys it owns;
+    `drops`: with dropout, whose hashes take registers.
+    """
     wide = max(sum(halves(size)), sum(halves(width)))
     if kernels.interpreted():
         return _interpreted(wide)
     backend, _ = card()
     if dtype == torch.float32:
-        found: Sizes = (32, 32, 4, 1, 32) if wide <= 64 else (16, 32, 4, 1, 32)
+        found: Sizes = (32 if wide <= 64 and not rank else 16, 32, 4 if wide <= 128 else 8, 1, 32)
     elif wide <= 64:
-        found = (64, 128, 8, 2, 0) if backend == "cuda" else (32, 128, 8, 2, 0)
+        found = (64, 128, 8, 2, 0) if backend == "cuda" and not drops else (32, 128, 8, 2, 0)
     elif wide <= 128:
         found = (32, 128, 8, 2, 0) if backend == "cuda" else (32, 64, 4, 2, 0)
     else:
@@ -33,7 +35,9 @@ def keys(dtype: torch.dtype, size: int, width: int, rank: int) -> Config:
     return _config(found)
 
 
-def queries(dtype: torch.dtype, size: int, width: int, rank: int, line: bool) -> Config:
+def queries(
+    dtype: torch.dtype, size: int, width: int, rank: int, line: bool, drops: bool
+) -> Config:
     """Of `backward_queries.queries_pass`; `line`: with sums over diagonals, where rows are at most
     twice the columns.
     """
@@ -44,12 +48,14 @@ def queries(dtype: torch.dtype, size: int, width: int, rank: int, line: bool) ->
     large = backend == "cuda" and number >= 90 and number not in SMALL
     if dtype == torch.float32:
         found: Sizes = (32, 64, 8, 1, 32)
+        if rank or wide > 128:
+            found = (16, 32, 4 if wide <= 128 else 8, 1, 32)
     elif wide <= 64 and line:
-        found = (128, 64, 8, 2, 0) if large else (64, 64, 8, 1, 0)
+        found = (128, 64, 8, 2, 0) if large and not drops else (64, 64, 8, 1, 0)
     elif wide <= 64:
-        found = (128, 64, 8, 2, 0) if large and not rank else (128, 32, 8, 2, 0)
+        found = (128, 64, 8, 2, 0) if large and not rank and not drops else (128, 32, 8, 2, 0)
     elif wide <= 128:
-        light = large and number < 100 and not rank and not line
+        light = large and number < 100 and not rank and not line and not drops
         found = (128, 32, 8, 2, 0) if light else (64, 32, 8, 1, 0)
     else:
         found = (32, 64, 8, 2, 64)

@@ -184,7 +184,12 @@ def query_blocks(work: Work, wanted: Wanted) -> int:
 def _config(work: Work, wanted: Wanted) -> configs.Config:
     line = wanted.line is not None
     config = backward_configs.queries(
-        work.query.dtype, work.query.shape[3], work.value.shape[3], work.given.rank, line
+        work.query.dtype,
+        work.query.shape[3],
+        work.value.shape[3],
+        work.given.rank,
+        line,
+        work.given.drop is not None,
     )
     sums = points_configs.row_sums(work.given.kinds, wanted.points_rows)
     return points_configs.fitting(config, work.given.kinds, sums, "both" if line else "rows")
@@ -199,7 +204,8 @@ def _keys(work: Work, wanted: Wanted, factors: Factors | None) -> Found:
     right = None
     if factors is not None:
         right = work.lse.new_empty(batch, heads, m, factors.right.shape[-1])
-    config = backward_configs.keys(work.query.dtype, size, width, given.rank)
+    drops = given.drop is not None
+    config = backward_configs.keys(work.query.dtype, size, width, given.rank, drops)
     sums = points_configs.col_sums(given.kinds, wanted.points_cols)
     config = points_configs.fitting(config, given.kinds, sums, "cols")
     kernel: Any = keys_pass
