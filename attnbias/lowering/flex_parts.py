@@ -79,7 +79,15 @@ def reason(term: Bias, gradient: bool) -> str:
 def part(term: Bias, device: torch.device) -> Part:
     """The part of a term for which `reason` is empty, on the device of the query."""
     made = _part(term)
-    return made._replace(tensors=tuple(t.to(device) for t in made.tensors))
+    return made._replace(tensors=tuple(_sent(t, device) for t in made.tensors))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device. One number is written there: to copy it would be to wait."""
+    known = tensor.device.type == "cpu" and tensor.numel() == 1 and not tensor.requires_grad
+    if known and device.type == "cuda":
+        return torch.full(tensor.shape, tensor.item(), dtype=tensor.dtype, device=device)
+    return tensor.to(device)
 
 
 def _part(term: Bias) -> Part:
