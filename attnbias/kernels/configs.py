@@ -91,12 +91,12 @@ def choose(
     elif backend == "hip":
         rows, cols, warps, stages = _amd(wide, full)
     elif full:
-        old = number < 90 and rank + tiles > 0
-        rows, cols, warps, stages = (32, 32, 4, 2) if old and wide <= 128 else _full(wide)
+        old = number < 90 and rank + tiles > 0 and 64 < wide <= 128
+        rows, cols, warps, stages = (32, 32, 4, 2) if old else _full(wide)
         chunk = 16 if wide > 64 else 0 if number in HOPPER else 32
     else:
         mma = small or number < 90  # products of a warp, not of four
-        rows, cols, warps, stages = _half(wide, mma, rank > 0 or tiles > 0, tiles)
+        rows, cols, warps, stages = _half(wide, mma, small or rank > 0 or tiles > 0, tiles)
         stages = 2 if small else stages
         if small and number >= 120 and tiles:
             cols = 32
