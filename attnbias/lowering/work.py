@@ -8,7 +8,7 @@ from collections.abc import Callable
 from attnbias.bias import Bias, GridRelative, LowRank, Segments, Window
 from attnbias.lowering import grid, own_parts, packed, tiled
 from attnbias.lowering.columns import Folding, rank
-from attnbias.lowering.effort import ROWS, STRIP, Counts, Effort, direction, idle, kind
+from attnbias.lowering.effort import ROWS, STRIP, Counts, Effort, direction, far, idle, kind
 from attnbias.lowering.nest import ENTRIES
 from attnbias.lowering.problem import Problem
 from attnbias.lowering.strided import blocks as strided_blocks
@@ -49,9 +49,16 @@ def _strided(e: Effort) -> None:
     e.add("strided", call=1.0, blocks=len(parts), rows=e.units * p.queries * wide)
     if e.way != "forward" and not e.by_tiles:
         e.add("strided backward", blocks=len(parts), rows=e.units * p.queries * wide)
+        _summed(e, "strided backward", sum(d - c for _, (c, d) in parts), wide)
     if columns:
         e.columns(wide)
     e.operator(pairs, wide, masked=True, rows=max((b - a for (a, b), _ in parts), default=1))
+
+
+def _summed(e: Effort, name: str, keys: float, wide: float) -> None:
+    """Gradients to keys and values that are summed over blocks of queries; `keys` of all blocks."""
+    heads = e.problem.batch * e.problem.key.shape[1]
+    e.add(name, keys=heads * keys * wide, far=far(heads * e.problem.keys * wide))
 
 
 def _fold(e: Effort) -> None:
@@ -82,6 +89,7 @@ def _tiled(e: Effort) -> None:
     e.entries(e.terms, e.own * pairs)
     if e.way == "training":
         e.add("tiled backward", blocks=blocks)
+        _summed(e, "tiled backward", math.ceil(p.queries / ROWS) * pairs / p.queries, e.wide)
         e.entries(e.terms, e.own * pairs)
     few = together * (p.batch if bias.batch == 1 else 1)
     e.operator(pairs, e.wide, masked=True, rows=min(ROWS, p.queries), together=few)
