@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from attnbias.kernels.backward import chunks
 from attnbias.kernels.forward import edges, part
 from attnbias.kernels.places import seen_tile, span, whole_span
 from attnbias.kernels.products import add_dot, dot
@@ -65,20 +66,29 @@ class Along(NamedTuple):
 
 @triton.jit
 def tile_scores(
-    q, q_more, left, keys, key_row, rights, right_row, scale, terms,
+    queries, query_row, q, q_more, left, keys, key_row, rights, right_row, scale, terms,
     b, h, i, im, begin, j, jm, n,
     size: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr, COLS: tl.constexpr, SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
+    MASKED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile ``(rows, keys)`` in float32, with everything that is added to them."""
+    """Scores of a tile ``(rows, keys)`` in float32, with everything that is added to them.
+
+    With a CHUNK, that many features of queries and keys are multiplied at a time, and q is not
+    looked at.
+    """
     # Keys of a tile are counted from its own start: 32 bits hold them whatever the tensor.
     c = tl.arange(0, COLS)
     keys += begin.to(tl.int64) * key_row
-    k = part(keys, key_row, c, jm, size, 0, SIZE, MASKED)
-    s = dot(k, tl.trans(q), PRECISION)
-    if SIZE_MORE > 0:
-        k_more = part(keys, key_row, c, jm, size, SIZE, SIZE_MORE, MASKED)
-        s = add_dot(s, k_more, tl.trans(q_more), PRECISION)
+    if CHUNK > 0:
+        x, y = keys + c[:, None] * key_row, i.to(tl.int64)
+        s = chunks(x, jm, queries, query_row, y, im, size, COLS, ROWS, CHUNK, PRECISION)
+    else:
+        k = part(keys, key_row, c, jm, size, 0, SIZE, MASKED)
+        s = dot(k, tl.trans(q), PRECISION)
+        if SIZE_MORE > 0:
+            k_more = part(keys, key_row, c, jm, size, SIZE, SIZE_MORE, MASKED)
+            s = add_dot(s, k_more, tl.trans(q_more), PRECISION)
     s *= scale
     if RANK > 0:
         rights += begin.to(tl.int64) * right_row
@@ -138,7 +148,7 @@ def normalise(
     query, key, lse, query_steps, key_steps, heads, share, n, m, scale, columns, terms, places,
     size: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, BAND: tl.constexpr,
     RANGES: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
 ):  # fmt: skip
     """One program: ``lse[b, h, i] = log sum_j exp(s_ij)`` of ROWS queries; arguments as below."""
     blocks = tl.cdiv(n, ROWS)
@@ -150,9 +160,11 @@ def normalise(
     im = i < n
     row = i.to(tl.int64)
     queries = query + b * query_steps[0] + h * query_steps[1]
-    q = part(queries, query_steps[2], row, im, size, 0, SIZE, True)
+    q = im
+    if CHUNK == 0:
+        q = part(queries, query_steps[2], row, im, size, 0, SIZE, True)
     q_more = q
-    if SIZE_MORE > 0:
+    if SIZE_MORE > 0 and CHUNK == 0:
         q_more = part(queries, query_steps[2], row, im, size, SIZE, SIZE_MORE, True)
     keys = key + b * key_steps[0] + (h // share) * key_steps[1]
     left = q
@@ -176,9 +188,9 @@ def normalise(
             j = begin + tl.arange(0, COLS)
             jm = j < m if phase != 1 else tl.full((COLS,), True, tl.int1)
             s = tile_scores(
-                q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms,
-                b, h, i, im, begin, j, jm, n,
-                size, KINDS, RANK, PRECISION, phase != 1, COLS, SIZE, SIZE_MORE,
+                queries, query_steps[2], q, q_more, left, keys, key_steps[2], rights, right_row,
+                scale, terms, b, h, i, im, begin, j, jm, n,
+                size, KINDS, RANK, PRECISION, phase != 1, CHUNK, ROWS, COLS, SIZE, SIZE_MORE,
             )  # fmt: skip
             if phase != 1:
                 seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)
@@ -201,7 +213,7 @@ def statistics(
     parts, along, sums,
     size: tl.constexpr, KINDS: tl.constexpr, RANK: tl.constexpr, BAND: tl.constexpr,
     RANGES: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr, SIZE_MORE: tl.constexpr,
     RECEIVED: tl.constexpr, INNER: tl.constexpr, GAP: tl.constexpr, TOP: tl.constexpr,
     FEATURES: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
@@ -232,9 +244,11 @@ def statistics(
         im = i < n
         line = unit.to(tl.int64) * n + i  # of a row in everything that is contiguous
         row = i.to(tl.int64)
-        q = part(queries, query_steps[2], row, im, size, 0, SIZE, True)
+        q = im
+        if CHUNK == 0:
+            q = part(queries, query_steps[2], row, im, size, 0, SIZE, True)
         q_more = q
-        if SIZE_MORE > 0:
+        if SIZE_MORE > 0 and CHUNK == 0:
             q_more = part(queries, query_steps[2], row, im, size, SIZE, SIZE_MORE, True)
         left = q
         if RANK > 0:
@@ -271,9 +285,9 @@ def statistics(
                         column = tl.load(mine, mask=jm, other=0.0)
                         column_rest = tl.load(mine + m, mask=jm, other=0.0)
                     x = logs[:, None] - tile_scores(
-                        q, q_more, left, keys, key_steps[2], rights, right_row, scale, terms,
-                        b, h, i, im, begin, j, jm, n,
-                        size, KINDS, RANK, PRECISION, phase != 1, COLS, SIZE, SIZE_MORE,
+                        queries, query_steps[2], q, q_more, left, keys, key_steps[2], rights,
+                        right_row, scale, terms, b, h, i, im, begin, j, jm, n, size,
+                        KINDS, RANK, PRECISION, phase != 1, CHUNK, ROWS, COLS, SIZE, SIZE_MORE,
                     )  # fmt: skip
                     if phase != 1:
                         seen = seen_tile(places, b, i, j, im, jm, BAND, RANGES)

@@ -165,6 +165,7 @@ def _constants(query: Tensor, given: Given, tiles: configs.Config) -> dict[str, 
         "PRECISION": configs.precision(torch.float32),
         "ROWS": tiles.rows,
         "COLS": tiles.cols,
+        "CHUNK": tiles.chunk,
         "SIZE": one,
         "SIZE_MORE": more,
         **tiles.options(),
@@ -176,20 +177,20 @@ def config(query: Tensor, given: Given, wanted: Wanted | None = None) -> configs
     how = configs.precision(query.dtype)
     if kernels.interpreted():
         return configs.Config(32, 32, 4, 1, how)
-    wide, backend = sum(configs.halves(query.shape[3])), configs.card()[0]
+    wide, full = sum(configs.halves(query.shape[3])), query.dtype == torch.float32
+    chunk = 32 if full and wide > 64 else 0
     if wanted is None:
-        return configs.choose("normalise", query.dtype, query.shape[3], 16, given.rank)
+        cols = 32 if full or wide > 128 else 64
+        return configs.Config(32 if full else 64, cols, 4, 1 if chunk else 2, how, chunk)
     # Lines that a thread keeps for every row: sums, and the largest weight with its key.
     kept = wanted.inner + wanted.gap + 2 * (wanted.top > 0)
     kept += 0 if wanted.features is None else wanted.features.shape[-1]
-    rows, cols, warps = (64, 64, 4) if kept <= 2 and not given.kinds else (32, 128, 4)
-    if kept > 7 or given.kinds or given.rank or wide > 128:
-        rows, cols, warps = 32, 128, 8
-    if query.dtype == torch.float32:
+    rows, cols, warps = (32, 128, 8) if kept > 7 else (32, 128, 4) if kept > 2 else (64, 64, 4)
+    if given.kinds or given.rank or wide > 128:
+        rows, cols, warps = 32, 64, 8
+    if full or configs.card()[0] == "hip":
         rows, cols, warps = 32, 64, 4
-    if backend == "hip":
-        rows, cols, warps = 32, 64, 4
-    return configs.Config(rows, cols, warps, 1, how)
+    return configs.Config(rows, cols, warps, 1, how, chunk)
 
 
 def _parts(query: Tensor, key: Tensor, blocks: int) -> int:

@@ -12,9 +12,10 @@ from torch import Tensor
 import attnbias as ab
 from attnbias.bias import Bias
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
-from attnbias.kernels.statistics_pass import Found, Wanted, log_sum_exp, statistics_pass
+from attnbias.kernels import configs, statistics_pass
+from attnbias.kernels.statistics_pass import Found, Wanted, log_sum_exp
 from attnbias.lowering import triton_parts
 from attnbias.lowering.problem import Problem
 
@@ -60,7 +61,7 @@ class Call:
         given = triton_parts.give(Problem(query, key, key, self.bias, SCALE), self.bias)
         lse = log_sum_exp(query, key, SCALE, given)
         lse = torch.where(self.counted & (lse > -torch.inf), lse, torch.inf)
-        return statistics_pass(query, key, lse, SCALE, given, self.wanted)
+        return statistics_pass.statistics_pass(query, key, lse, SCALE, given, self.wanted)
 
     def dense(self) -> Found:
         key = self.key.double().repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
@@ -252,7 +253,7 @@ def test_long_sums_keep_their_digits(n: int, m: int) -> None:
     lse = torch.full((1, 1, n), 2.0, device=DEVICE)
     here, there = (torch.arange(size, device=DEVICE)[None] * 1001 for size in (n, m))
     wanted = Wanted(inner=True, gap=True, query_positions=here, key_positions=there)
-    found = statistics_pass(query, key, lse, SCALE, given, wanted)
+    found = statistics_pass.statistics_pass(query, key, lse, SCALE, given, wanted)
     assert found.received is not None
     assert found.gap is not None
     assert found.inner is not None
@@ -261,3 +262,17 @@ def test_long_sums_keep_their_digits(n: int, m: int) -> None:
     far = (here[0, :, None] - there).abs().double().sum(-1)
     for got, want in ((found.received, n), (found.inner, 2 * m), (found.gap[0, 0], far)):
         assert float((got.double() / (weight * want) - 1).abs().max()) < 2e-7
+
+
+@pytest.mark.parametrize(
+    "tiles", [(32, 64, 8, 16), (64, 64, 4, 0), (32, 128, 4, 0), (32, 128, 8, 16)], ids=str
+)
+def test_tiles_of_every_card(
+    tiles: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiles that cards are given, and heads that are multiplied in parts."""
+    rows, cols, warps, chunk = tiles
+    chosen = configs.Config(rows, cols, warps, 1, configs.precision(torch.float32), chunk)
+    monkeypatch.setattr(statistics_pass, "config", lambda *_: chosen)
+    one = call("sum", n=150, m=140, size=40, heads=1)
+    agree(one.run(), one.dense())
