@@ -12,7 +12,7 @@ import attnbias as ab
 from attnbias.bias import Bias
 from attnbias.bias.transposed import Transposed
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 from attnbias.kernels.backward_launch import Work
 from attnbias.kernels.indexed import table_sums
@@ -236,6 +236,34 @@ def test_an_exchanged_table_is_summed_the_same_on_a_device() -> None:
         assert one is not None
         assert two is not None
         torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-5)
+
+
+def test_entries_that_a_batch_shares_are_read_once_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[object, object, int]] = []
+    kernel = triton_entries.entries.entries
+
+    class Spy:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def run(*given: object, **options: object) -> None:
+                seen.append((options["SHARED"], options["KINDS"], grid[0]))
+                kernel[grid](*given, **options)
+
+            return run
+
+    monkeypatch.setattr(triton_entries.entries, "entries", Spy())
+    monkeypatch.setattr(triton_entries.entries, "PROGRAMS", 1)
+    bias = ab.Dense(learned(1, HEADS, 37, 41)) + ab.KeyBias(draw(2, 1, 41))
+    given = problem(bias)
+    found = gradients(given, bias, "triton", torch.float32)[0]
+    want = gradients(given, bias, "reference", torch.float64)[0]
+    ((shared, others, programs),) = seen
+    assert shared == ("whole",)
+    assert others == ("row",)
+    rows = triton_entries.entries.config(torch.float32, 16, 20)
+    assert programs == HEADS * -(-37 // rows.rows) * -(-41 // rows.cols)  # whatever the batch
+    torch.testing.assert_close(found, want, atol=3e-5, rtol=1e-4)
 
 
 def test_a_matrix_of_all_batch_elements_is_written_once() -> None:
