@@ -286,11 +286,13 @@ SLOW = (
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, which are switched off outside their own tests."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
     monkeypatch.setattr(kernels, "_off", 0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels: they are compiled here, not interpreted"
+)
 @pytest.mark.parametrize(
     "word", [*QUICK, *(pytest.param(word, marks=pytest.mark.slow) for word in SLOW)]
 )

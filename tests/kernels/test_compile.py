@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 from attnbias.kernels import configs, offline
 
@@ -60,7 +60,9 @@ def test_head_sizes_in_two_parts(size: int, held: tuple[int, int]) -> None:
     assert sum(held) >= size
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled for the card there is")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels: they are compiled for the card there is"
+)
 def test_interpreted_kernels_are_not_compiled() -> None:
     with (
         pytest.raises(RuntimeError, match="TRITON_INTERPRET"),

@@ -7,7 +7,7 @@ import torch
 
 import attnbias as ab
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 from attnbias.kernels import decode, ranges
 from attnbias.kernels.launch import Given

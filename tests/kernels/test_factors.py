@@ -8,7 +8,7 @@ from torch import Tensor
 
 import attnbias as ab
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 from attnbias.lowering import triton_factors
 from attnbias.lowering.columns import LIMITS

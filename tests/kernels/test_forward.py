@@ -10,7 +10,7 @@ import torch
 import attnbias as ab
 from attnbias.bias import Bias
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 from attnbias.kernels import configs, launch
 from attnbias.kernels.launch import Given

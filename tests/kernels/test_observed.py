@@ -20,7 +20,7 @@ from tests.observe import models
 from tests.observe import test_statistics as cases
 from tests.observe.calls import FakeCall, dense_of, random_call
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES: list[StatisticCase] = [

@@ -12,7 +12,7 @@ import attnbias as ab
 from attnbias.errors import AttnbiasError
 from tests.kernels.compare import DEVICE, check, draw, problem
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 HEADS, N, M = 2, 37, 45
 LARGER = 64 if DEVICE == "cuda" else 1  # what a GPU takes of the large cases

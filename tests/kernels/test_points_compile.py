@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 SCRIPT = """
 import json, sys

@@ -13,7 +13,7 @@ import attnbias as ab
 from attnbias.bias import Bias
 from tests.kernels.compare import DEVICE, draw, problem
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 HEADS, N, M = 2, 35, 41
 Build = Callable[..., Bias]

@@ -12,7 +12,7 @@ from attnbias.bias import Bias
 from attnbias.bias.transposed import Transposed
 from attnbias.errors import Refused
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 from attnbias.lowering import triton_parts, triton_terms
 from attnbias.lowering.problem import Problem
@@ -206,7 +206,7 @@ def test_what_no_kernel_can_read_is_refused_with_what_to_do() -> None:
 
 def test_a_class_outside_of_the_table_is_an_error() -> None:
     if DEVICE == "cuda":
-        pytest.skip("a device reports it at the next wait, and cannot be used after")
+        pytest.skip("kernels: a device reports it at the next wait, and cannot be used after")
     bias = ab.Bucketed(draw(1, HEADS, 5, 6), integers(5, 1, 1, 37), integers(6, 1, 1, 41) + 1)
     with pytest.raises(ab.AttnbiasError, match="classes 0 to 5"):
         ab.attention(*problem(bias), bias=bias, lowering="triton")
