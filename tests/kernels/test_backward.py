@@ -11,7 +11,7 @@ from torch import Tensor
 import attnbias as ab
 from attnbias.bias import Bias
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 from attnbias.kernels import backward_configs, backward_launch
 from attnbias.kernels.backward import Lines
@@ -67,6 +67,18 @@ def test_every_gradient(name: str, causal: bool) -> None:
 def test_masks(bias: Callable[[], Bias | None]) -> None:
     mask = bias()
     assert_gradients(problem(N, M, heads=1, groups=1), lambda: mask, bare=mask is not None)
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+def test_whole_tiles_between_edges(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden entries on both sides, and tiles without a mask between them."""
+    if DEVICE == "cpu":
+        tile = Config(rows, 32, 4, 1, "ieee")
+        monkeypatch.setattr(backward_configs, "queries", lambda *_: tile)
+    n, m = 64, 150
+    window = ab.Window(110, 20, queries=n, keys=m)
+    given = problem(n, m, heads=1, groups=1, size=16, width=16)
+    assert_gradients(given, lambda t: window + relative(t, n, m), [draw(n + m - 1)])
 
 
 def test_queries_that_see_nothing() -> None:
