@@ -237,7 +237,13 @@ def _slots(rows: Sequence[dict[str, Any]], card: str) -> list[list[str]]:
 
 
 def write(known: dict[str, Any], started: str, seconds: float) -> None:
-    rows = [{"case": case, **row} for case, made in known["cases"].items() for row in made["rows"]]
+    state = sources()  # what was compiled from other sources is left out
+    rows = [
+        {"case": case, **row}
+        for case, made in known["cases"].items()
+        for row in made["rows"]
+        if made["states"].get(row["card"]) == state
+    ]
     made = [row for row in rows if "error" not in row]
     fit = sum(row["fits"] for row in made)
     bad = [row for row in rows if "error" in row or not row["fits"]]
