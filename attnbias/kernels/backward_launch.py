@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 
 from attnbias.kernels import backward_configs, configs, points_configs
-from attnbias.kernels.backward import Factors, Lines, Rows, deltas
+from attnbias.kernels.backward import Factors, Lines, deltas
 from attnbias.kernels.backward_keys import keys_pass
 from attnbias.kernels.backward_queries import queries_pass
+from attnbias.kernels.backward_rows import rows_of_blocks
 from attnbias.kernels.launch import LOG2E, Given, device_of, rows_of, steps
 
 DELTA_ROWS = 64
@@ -288,40 +289,6 @@ def _queries(work: Work, wanted: Wanted, factors: Factors | None) -> Found:
     )
     line = None if lines is None else lines.sum(1).view(line_batch, line_heads, -1)
     return Found(query=dq, left=left, line=line)
-
-
-def rows_of_blocks(given: Given, cols: int, m: int) -> Rows | None:
-    """Which queries see each block of keys, from the keys that each query sees.
-
-    Exact where ranges move to the right with the query. Else what holds all that see a key: from
-    the first query by which some range has reached the block to the last one from which on some
-    range begins before its end; and what every query of sees the whole block, by the same envelopes
-    from inside. Queries that see nothing count for neither: their weights are 0 unmasked.
-    """
-    if not given.ranges:
-        return None
-    first, last = given.places.first, given.places.last
-    nothing = last <= first
-    starts = torch.arange(0, m, cols, device=first.device, dtype=first.dtype)
-    starts = starts.expand(*first.shape[:-1], -1).contiguous()
-    ends = (starts + cols).clamp_(max=m)
-
-    def count(line: Tensor, at: Tensor) -> Tensor:
-        """How many entries of a line that never falls are at most `at`."""
-        return torch.searchsorted(line.contiguous(), at, right=True, out_int32=True)
-
-    return Rows(
-        count(last.masked_fill(nothing, 0).cummax(-1).values, starts),
-        count(_least_after(first.masked_fill(nothing, m)), ends - 1),
-        count(_least_after(last.masked_fill(nothing, m)), ends - 1),
-        count(first.masked_fill(nothing, 0).cummax(-1).values, starts),
-        starts.shape[-1] if given.places.batch else 0,
-    )
-
-
-def _least_after(line: Tensor) -> Tensor:
-    """The least of each entry and all that follow."""
-    return line.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _steps(tensor: Tensor) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton: an extra where there is no GPU")
 
 from attnbias.kernels import backward_configs, backward_launch
 from attnbias.kernels.backward import Lines
+from attnbias.kernels.backward_rows import rows_of_blocks
 from attnbias.kernels.configs import Config
 from attnbias.kernels.launch import Given
 from attnbias.kernels.places import Places
@@ -274,7 +275,7 @@ def test_queries_of_a_block_of_keys(ordered: bool) -> None:
         last = (first + length // 2).clamp(max=m)
         if ordered:
             first, last = first.sort(-1).values, last.sort(-1).values
-        found = backward_launch.rows_of_blocks(ranges(first, last), cols, m)
+        found = rows_of_blocks(ranges(first, last), cols, m)
         assert found is not None
         i = torch.arange(60, device=DEVICE)
         for block in range(-(-m // cols)):
