@@ -103,8 +103,8 @@ def times(args: argparse.Namespace) -> str:
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    passes = {"forward": "forward", "training": "forward and backward, to query, key and value"}
-    what = passes.get(direction, "forward and backward, to what the bias stores, too")
+    given = ["query, key and value"] * args.train + ["what the bias stores"] * args.learned
+    what = f"forward and backward, to {' and '.join(given)}" if given else "forward"
     note = f"medians; {what}; -> is what the planner chose ({plan.source})"
     return "\n".join([plan.problem, "", *text, "", note])
 

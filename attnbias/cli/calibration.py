@@ -124,7 +124,7 @@ def calls(
     told = ab.explain(query, key, value, bias=bias, causal=case.causal, dropout=case.dropout)
     names = [offer.lowering for offer in told.offers if candidate(offer)]
     source = torch.Generator().manual_seed(case.seed)
-    leaves = [query, key, value]
+    leaves = [t for t in (query, key, value) if t.requires_grad]
     if case.direction == "learned" and bias is not None:
         leaves += [p for p in bias.parameters() if p.requires_grad]
     step = torch.ones_like(query) / query.shape[-1]
@@ -141,7 +141,7 @@ def calls(
                 generator=source,
                 lowering=name,
             )
-            if case.direction == "forward":
+            if case.direction == "forward" or not leaves:
                 return out
             assert isinstance(out, torch.Tensor)
             return torch.autograd.grad(out, leaves, step, allow_unused=True)

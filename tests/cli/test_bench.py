@@ -58,6 +58,22 @@ def test_a_calibration_makes_a_table_that_the_planner_takes(
     assert f"measured: {table.measured}" in text
 
 
+@pytest.mark.parametrize("words", ["", "--train", "--learned", "--train --learned"])
+@pytest.mark.parametrize("bias", ["none", "t5"])
+def test_the_times_of_one_problem(
+    bias: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "ROUNDS", (1, 1))
+    line = f"bench --queries 20 --heads 2 --dim 8 --bias {bias} {words}"
+    assert cli.main(line.split()) == 0
+    text = capsys.readouterr().out
+    rows = [row.split() for row in text.splitlines()]
+    assert [row for row in rows if row and row[0] == "->"]
+    assert ("no bias" in text.partition("medians")[0].partition("took")[2]) == (bias != "none")
+    assert ("backward" in text) == bool(words)
+    assert ("what the bias stores" in text) == ("learned" in words)
+
+
 def test_it_goes_on_where_it_was_interrupted(
     calibrated: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
