@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def sphere(count: int) -> Tensor:
     return place * torch.tensor([math.pi, 2 * math.pi], device=DEVICE)
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[], ab.radial.RadialFunction]] = {
     "scalar": lambda: ab.radial.Scalar(draw(HEADS)),
     "squared": lambda: ab.radial.Squared(draw(HEADS)),
     "gaussian": lambda: ab.radial.Gaussian(draw(HEADS).abs() + 0.3),
