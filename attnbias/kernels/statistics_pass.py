@@ -178,9 +178,10 @@ def config(query: Tensor, given: Given, wanted: Wanted | None = None) -> configs
     if kernels.interpreted():
         return configs.Config(32, 32, 4, 1, how)
     wide, full = sum(configs.halves(query.shape[3])), query.dtype == torch.float32
-    chunk = 32 if full and wide > 64 else 0
+    chunk = 32 if full and wide > 32 else 0
     if wanted is None:
         cols = 32 if full or wide > 128 else 64
+        chunk = chunk if wide > 64 else 0
         return configs.Config(32 if full else 64, cols, 4, 1 if chunk else 2, how, chunk)
     # Lines that a thread keeps for every row: sums, and the largest weight with its key.
     kept = wanted.inner + wanted.gap + 2 * (wanted.top > 0)
@@ -188,8 +189,12 @@ def config(query: Tensor, given: Given, wanted: Wanted | None = None) -> configs
     rows, cols, warps = (32, 128, 8) if kept > 7 else (32, 128, 4) if kept > 2 else (64, 64, 4)
     if given.kinds or given.rank or wide > 128:
         rows, cols, warps = 32, 64, 8
-    if full or configs.card()[0] == "hip":
+    backend, number = configs.card()
+    if backend == "hip":
         rows, cols, warps = 32, 64, 4
+    elif full or number >= 100:
+        # There a thread has a key and every query of a larger tile, and no part of a row to fold.
+        rows, cols, warps = 32, 32, 4
     return configs.Config(rows, cols, warps, 1, how, chunk)
 
 
