@@ -41,8 +41,7 @@ def check(
     """Every gradient within float32 of its own size, none of them nothing; `twice`: the same bits
     again.
     """
-    given = problem(n, m, HEADS, 1, 16, batch)
-    given = (*given, torch.randn(batch, HEADS, n, 20, device=DEVICE))
+    given = (*problem(n, m, HEADS, 1, 16, batch), draw(batch, HEADS, n, 20))
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     got = found(build, leaves, given, "triton")
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
