@@ -36,7 +36,7 @@ class Learned:
     def of(terms: Sequence[Bias]) -> Learned:
         found = Learned()
         for at, term in enumerate(terms):
-            if not term.requires_grad:
+            if not term.requires_grad or term.rank == 0:
                 continue
             if isinstance(term, KeyBias):
                 found.rows.append(at)

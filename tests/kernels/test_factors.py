@@ -128,3 +128,13 @@ def test_several_factors_lie_side_by_side_in_their_order() -> None:
     assert torch.equal(found.left[..., 2:5], wide[0])
     assert torch.equal(found.right[..., 2:5], wide[1].expand_as(found.right[..., 2:5]))
     assert not found.left[..., 5:].any()
+
+
+def test_factors_without_a_column_add_nothing() -> None:
+    query = torch.randn(1, 2, 5, 16, device=DEVICE)
+    u, v = (torch.zeros(5, 0, device=DEVICE, requires_grad=True) for _ in range(2))
+    out = ab.attention(query, query, query, bias=ab.LowRank(u, v), lowering="triton")
+    assert isinstance(out, Tensor)
+    want = ab.attention(query, query, query, lowering="reference")
+    torch.testing.assert_close(out, want, atol=1e-5, rtol=0)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), [u, v])] == [u.shape, v.shape]
