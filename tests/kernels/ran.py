@@ -26,9 +26,9 @@ class Ran:
         self.counts: dict[str, list[int]] = {}
 
     def noting(self, plain: Any) -> Any:
-        def launch(function: Any, *args: Any, **options: Any) -> Any:
+        def launch(function: Any, grid: Any) -> Any:
             self.names.add(_name(function))
-            return plain(function, *args, **options)
+            return plain(function, grid)
 
         return launch
 
@@ -58,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from triton.runtime import interpreter, jit
 
     ran = Ran(Path(path))
-    jit.JITFunction.run = ran.noting(jit.JITFunction.run)
-    interpreter.InterpretedFunction.run = ran.noting(interpreter.InterpretedFunction.run)
+    for kind in (jit.KernelInterface, interpreter.InterpretedFunction):
+        if "__getitem__" in vars(kind):  # interpreted functions inherit it since Triton 3.6
+            kind.__getitem__ = ran.noting(kind.__getitem__)
     config.pluginmanager.register(ran, "kernels-ran")
