@@ -219,3 +219,19 @@ def test_programs_beyond_what_two_dimensions_hold(monkeypatch: pytest.MonkeyPatc
     launch.forward_pass(query, query, query, 0.25, given)
     config = configs.choose("forward", torch.float32, 16, 16, 0)
     assert grids == [(-(-100 // config.rows) * 90_000,)]
+
+
+@torch.inference_mode()
+def test_padding_and_segments_made_in_inference() -> None:
+    """Tensors that do not count their changes are looked at each time."""
+    query, key, value = problem(9, 9, 2, 2, 16, 16)
+    keep = torch.tensor([[True] * 6 + [False] * 3, [False] * 2 + [True] * 7], device=DEVICE)
+    ids = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2], device=DEVICE)
+    bias = ab.Padding(keep) + ab.Segments(ids, ids)
+    for _ in range(2):
+        found = ab.attention(query, key, value, bias=bias, lowering="triton")
+        want = ab.attention(query, key, value, bias=bias, lowering="reference")
+        assert isinstance(found, torch.Tensor)
+        assert isinstance(want, torch.Tensor)
+        torch.testing.assert_close(found, want.float(), atol=2e-5, rtol=0)
+        keep.copy_(keep.flip(0))
