@@ -129,7 +129,7 @@ def _forward(
 ) -> None:
     batch, heads, n, size = query.shape
     groups, m, width = value.shape[1:]
-    tiles = sum(configs.weight(kind) for kind in given.kinds)
+    tiles = sum(configs.weight(kind) for kind in given.kinds) + (given.drop is not None)
     config = configs.choose("forward", query.dtype, size, width, given.rank, tiles)
     config = points_configs.fitting(config, given.kinds)
     kernel: Any = forward
