@@ -31,10 +31,7 @@ from benchmarks.common import RESULTS, header, header_markdown, markdown_table, 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-versions"
 # The last release of every minor version that pyproject.toml admits.
-VERSIONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
-# The interpreters of these take arrays of one element for numbers, which later NumPy refuses.
-OLD_NUMPY = ("3.4.0", "3.5.1")
-NUMPY = "numpy<2.4"
+VERSIONS = ("3.7.1", "3.8.0", "3.9.0")
 TITLE = "Kernels and versions of Triton"
 
 # file -> version -> {"state", "seconds", "failures", "kernels": name -> [passed, failed]}
@@ -48,8 +45,7 @@ def folder(version: str) -> Path | None:
     where = FOLDER / f"triton-{version}"
     if not (where / ".done").is_file():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        wanted = [f"triton=={version}", *([NUMPY] if version in OLD_NUMPY else [])]
-        subprocess.run([*command, "--target", str(where), *wanted], check=True)
+        subprocess.run([*command, "--target", str(where), f"triton=={version}"], check=True)
         (where / ".done").touch()
     return where
 
@@ -124,8 +120,7 @@ def write(runs: Runs, started: str, seconds: float) -> None:
     text = [
         f"# {TITLE}",
         header_markdown(how),
-        f"Tests that launched each kernel, {where}, with PyTorch {torch.__version__}; Triton "
-        f"{' and '.join(OLD_NUMPY)} with {NUMPY}, which their interpreters need.",
+        f"Tests that launched each kernel, {where}, with PyTorch {torch.__version__}.",
         markdown_table(["kernel", *(f"Triton {v}" for v in VERSIONS)], rows),
         *(["Failures:\n\n" + "\n".join(failures)] if failures else []),
     ]
