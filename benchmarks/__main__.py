@@ -25,6 +25,8 @@ ORDER = (
     "benchmarks.fold_precision",
     "benchmarks.stability",
     "benchmarks.planner",
+    "benchmarks.kernels",
+    "benchmarks.flex_kernels",
     "benchmarks.observe",
     "benchmarks.observe_peers",
     "benchmarks.steer",

@@ -260,7 +260,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--case", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--again", action="store_true", help="also what is recorded")
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--quick", action="store_true", help="begin nothing after a minute")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.minutes = min(options.minutes, 1.0)
     started, begun = now(), time.perf_counter()
     codes = pretend()
     found = before()

@@ -286,7 +286,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--fresh", action="store_true", help="compile again what is known")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument(
+        "--quick", action="store_true", help="one card, begin nothing after a minute"
+    )
     args = parser.parse_args(argv)
+    if args.quick:
+        args.card, args.minutes = args.card or ["sm_90"], min(args.minutes, 1.0)
     wanted = [c for c in cases() if not args.case or any(part in c.name for part in args.case)]
     if args.list:
         print("\n".join(case.name for case in wanted))

@@ -161,7 +161,8 @@ def test_batch_rows_without_the_span_are_plain(mistral: Subject) -> None:
     assert torch.equal(edited[1], plain[1])
     assert not torch.equal(edited[0], plain[0])
     alone, _ = first_layer(mistral, rule, spans={"question": (2, 4)})
-    assert torch.equal(alone[0], edited[0])
+    # A bias for one row and one for all may take another lowering: the same up to rounding.
+    torch.testing.assert_close(alone[0], edited[0], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
