@@ -33,7 +33,7 @@ def number(value: float | None) -> str:
 
 def span(found: Mapping[str, Any]) -> str:
     """A mean with its interval."""
-    if found["low"] is None:
+    if found["low"] is None or found["low"] == found["high"]:  # a number without chance in it
         return number(found["mean"])
     return f"{number(found['mean'])} [{number(found['low'])}, {number(found['high'])}]"
 

@@ -14,9 +14,9 @@ from attnbias.bias import Bias, add
 from attnbias.steer.extra import Extra
 from attnbias.steer.groups import Groups
 from attnbias.steer.lines import Lines, few
-from attnbias.steer.placing import place, take
+from attnbias.steer.placing import numbers, place, take
 from attnbias.steer.rule import Rule, implements
-from attnbias.steer.shares import Fold, numbers, on_heads, repeat
+from attnbias.steer.shares import Fold, on_heads, repeat
 from attnbias.steer.site import SiteCall
 from attnbias.steer.spans import Spans
 

@@ -20,9 +20,8 @@ from attnbias.steer import extra
 from attnbias.steer.edit import EVERY, Active, Edit, Edited, Memory
 from attnbias.steer.groups import Groups
 from attnbias.steer.lines import few
-from attnbias.steer.placing import reach
+from attnbias.steer.placing import numbers, reach
 from attnbias.steer.reallocating import reallocate
-from attnbias.steer.shares import numbers
 from attnbias.steer.shift import shift
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor
 from attnbias.attention import attention
 from attnbias.errors import AttnbiasError
 from attnbias.steer.hooks import Vectors
-from attnbias.steer.placing import gather
-from attnbias.steer.shares import numbers, query_on, repeat
+from attnbias.steer.placing import gather, numbers
+from attnbias.steer.shares import query_on, repeat
 
 if TYPE_CHECKING:
     from attnbias.steer.edit import Active, Edit
@@ -52,7 +52,7 @@ class Extra:
         """
         index = tuple(self.heads.index(head) if head in self.heads else -1 for head in heads)
         kind = torch.float64 if query.dtype == torch.float64 else torch.float32
-        own = query.index_select(1, torch.tensor(heads, device=query.device)).to(kind)
+        own = query.index_select(1, numbers(tuple(heads), query.device)).to(kind)
         found = own @ gather(self.key, index).to(kind).mT * scale
         blind = torch.tensor([number < 0 for number in index], device=query.device)
         return found.masked_fill(blind[:, None, None], -torch.inf)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnbias.steer.placing import gather, take
-from attnbias.steer.shares import Fold, numbers
+from attnbias.steer.placing import gather, numbers, take
+from attnbias.steer.shares import Fold
 
 if TYPE_CHECKING:
     from attnbias.steer.edit import Edit

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attnbias.steer.groups import Exact, Groups, Lane
 from attnbias.steer.pieces import Part, Piece, described
+from attnbias.steer.placing import numbers
 from attnbias.steer.shares import on_heads
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ def _besides(
     if lse is None or call.sink is not None:
         return None
     if len(heads) < lse.shape[1]:
-        lse = lse.index_select(1, torch.tensor(heads, device=lse.device))
+        lse = lse.index_select(1, numbers(tuple(heads), lse.device))
     rows = lse[:, :, first:]
     lses = _lses(lanes, (*rows.shape, count), call.query)
     blind = rows == -torch.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -100,16 +101,25 @@ def _index(bias: Bias, index: tuple[int, ...]) -> Bias:
     return OnHeads(bias, index)
 
 
+@functools.lru_cache(maxsize=1024)
+def numbers(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of heads as an index: not to be written into."""
+    with torch.inference_mode(False):  # one tensor for calls with and without it
+        return torch.tensor(heads, device=device, dtype=torch.long)
+
+
 def gather(tensor: Tensor, index: tuple[int, ...], fill: bool = True) -> Tensor:
     """Heads (dimension 1) by number; -1 gives zeros (or, for class numbers, any head)."""
     if tensor.shape[1] == 1 and not (fill and -1 in index):
         return tensor
-    numbers = torch.tensor(index, device=tensor.device, dtype=torch.long)
-    source = numbers.clamp(min=0) if tensor.shape[1] > 1 else torch.zeros_like(numbers)
+    if index == tuple(range(tensor.shape[1])):
+        return tensor
+    found = numbers(index, tensor.device)
+    source = found.clamp(min=0) if tensor.shape[1] > 1 else torch.zeros_like(found)
     part = tensor.index_select(1, source)
     if not fill or -1 not in index:
         return part
-    return part.masked_fill((numbers < 0).reshape((1, -1) + (1,) * (part.ndim - 2)), 0.0)
+    return part.masked_fill((found < 0).reshape((1, -1) + (1,) * (part.ndim - 2)), 0.0)
 
 
 def on_last(site: SiteCall, line: Tensor) -> Bias:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnbias.bias import Bias
 from attnbias.errors import Refused
-from attnbias.steer.placing import take
+from attnbias.steer.placing import numbers, take
 from attnbias.steer.shares import on_heads
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def scene(edit: Edit, heads: Sequence[int]) -> Scene:
     if extra is None and edit.vectors_stay and query.shape[2] > 1 and not grad:
         lse = call.plain_with_lse()[1]  # the plain output is wanted in any case
         if lse is not None and len(heads) < lse.shape[1]:
-            lse = lse.index_select(1, torch.tensor(heads, device=lse.device))
+            lse = lse.index_select(1, numbers(tuple(heads), lse.device))
     return Scene(view, None if extra is None else take(extra, heads, edit.shape[1]), lse)
 
 

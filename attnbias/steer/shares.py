@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnbias.bias import Bucketed
 from attnbias.errors import AttnbiasError
-from attnbias.steer.placing import gather
+from attnbias.steer.placing import gather, numbers
 
 if TYPE_CHECKING:
     from attnbias.hub import Call
@@ -71,13 +71,6 @@ def repeat(tensor: Tensor, heads: int) -> Tensor:
     """Grouped keys or values, one per query head."""
     count = tensor.shape[1]
     return tensor if count == heads else tensor.repeat_interleave(heads // count, 1)
-
-
-@functools.lru_cache(maxsize=1024)
-def numbers(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers of heads as an index: not to be written into."""
-    with torch.inference_mode(False):  # one tensor for calls with and without it
-        return torch.tensor(heads, device=device, dtype=torch.long)
 
 
 @functools.lru_cache(maxsize=1024)

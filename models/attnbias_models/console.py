@@ -23,6 +23,12 @@ def writable(path: Path) -> None:
         raise AttnbiasError(f"{path} is a folder; a file is written.")
 
 
+def may_be_folder(path: Path) -> None:
+    """AttnbiasError where a file stands in place of the folder that is asked for."""
+    if path.exists() and not path.is_dir():
+        raise AttnbiasError(f"out must be a folder, got the file {path}.")
+
+
 def show_table(title: str, rows: Sequence[Sequence[str]], heads: Sequence[str] = ()) -> None:
     """Print a title and a table; without heads two columns, the second to the right."""
     from rich.console import Console

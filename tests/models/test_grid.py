@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,6 +80,25 @@ def test_without_time_nothing_is_run_and_nothing_holds(tmp_path: Path) -> None:
     assert not CALLS
     assert not result["complete"]
     assert not any(claim["holds"] for claim in result["claims"])
+
+
+@pytest.mark.parametrize(
+    ("gains", "holds"),
+    [
+        ((0.9, 1.0, 1.1), True),
+        ((0.1, 1.0, 2.0), False),  # every seed gains, and the interval still holds 0
+        ((-0.1, 0.1, -0.1), False),
+    ],
+)
+def test_a_claim_holds_where_its_interval_is_beyond_the_margin(
+    gains: tuple[float, ...], holds: bool, tmp_path: Path
+) -> None:
+    def told(variant: str, _: Mapping[str, Any], seed: int) -> Mapping[str, float]:
+        return {"error": 5.0 - gains[seed] if variant == "good" else 5.0}
+
+    claim = Claim("good is better", "error", "good", "plain")
+    grid = dataclasses.replace(GRID, search=({},), measure=told, claims=(claim,), reduced=None)
+    assert grid.run(path=tmp_path / "toy.json")["claims"][0]["holds"] is holds
 
 
 def test_intervals() -> None:

@@ -6,8 +6,10 @@ import argparse
 import sys
 
 from tests.conftest import ROOT
-from tests.mutants.defects import DEFECTS
+from tests.mutants import defects, models
 from tests.mutants.runner import check, table
+
+DEFECTS = (*defects.DEFECTS, *models.DEFECTS)
 
 
 def main(argv: list[str] | None = None) -> int:

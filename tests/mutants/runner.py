@@ -149,7 +149,8 @@ def _pytest(copy: Path, tests: tuple[str, ...], timeout: float) -> tuple[int | N
     """Exit code (None: ran out of time), seconds, and the line of output that tells most."""
     # No bytecode: two versions of a file with one size and one second would share it.
     outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment = outer | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    paths = os.pathsep.join((str(copy), str(copy / "models")))
+    environment = outer | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
     options = ["-q", "-x", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     start = time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.mutants.defects import DEFECTS
+from tests.mutants.__main__ import DEFECTS
 from tests.mutants.runner import Defect, check, plant, table
 
 TEST = "test_small.py::test_double"

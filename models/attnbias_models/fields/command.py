@@ -12,6 +12,7 @@ import numpy as np
 
 from attnbias.errors import AttnbiasError
 from attnbias_models import store
+from attnbias_models.console import may_be_folder, writable
 from attnbias_models.fields import map as maps
 from attnbias_models.fields import table
 from attnbias_models.fields.table import Array, Columns
@@ -75,8 +76,7 @@ def _columns(parser: argparse.ArgumentParser) -> None:
 
 def train_command(args: argparse.Namespace) -> int:
     """Train, save, print how good it is on what was kept apart."""
-    if args.out.exists() and not args.out.is_dir():
-        raise AttnbiasError(f"out must be a folder, got the file {args.out}.")
+    may_be_folder(args.out)
     return _train_process(args) if args.data is None else _train_table(args)
 
 
@@ -197,9 +197,8 @@ def predict_command(args: argparse.Namespace) -> int:
     """Predict at the places of a file or a grid; write a table and, if asked, a map."""
     from attnbias_models.fields.estimator import FieldRegressor
 
-    for path in (args.out, args.map):
-        if path is not None and not path.parent.is_dir():
-            raise AttnbiasError(f"there is no folder {path.parent} to write {path.name} to.")
+    for path in filter(None, (args.out, args.map)):
+        writable(path)
     model, extra = store.load(args.folder)
     names = _named(args, extra)
     sphere = bool(extra.get("sphere", False)) or args.sphere or _round(model)

@@ -11,6 +11,7 @@ from typing import Any
 
 from attnbias.errors import AttnbiasError
 from attnbias_models import store
+from attnbias_models.console import may_be_folder
 from attnbias_models.forecasting.data import FRACTIONS, Series
 from attnbias_models.forecasting.forecaster import MODELS, Forecaster, fit, recipe
 from attnbias_models.forecasting.plot import check_format, plot_forecast
@@ -79,8 +80,7 @@ def _train(args: argparse.Namespace) -> int:
     windows = series.test(length, args.horizon)
     period = min(season(table.step), length) if args.period is None else args.period
     naive = SeasonalNaive(SeasonalConfig(length, args.horizon, period))
-    if args.out.exists() and not args.out.is_dir():
-        raise AttnbiasError(f"out must be a folder, {args.out} is a file.")
+    may_be_folder(args.out)
     forecaster, history = fit(
         series,
         args.model,

@@ -14,7 +14,7 @@ import torch
 
 from attnbias.errors import AttnbiasError
 from attnbias_models import store
-from attnbias_models.console import at_least, show_table, writable
+from attnbias_models.console import at_least, may_be_folder, show_table, writable
 from attnbias_models.solver.data import Cloud, Columns, read_clouds, split
 from attnbias_models.solver.model import BIASES, NeuralSolver, SolverConfig
 from attnbias_models.solver.task import CloudTask, error, relative
@@ -80,8 +80,7 @@ def make(args: argparse.Namespace) -> int:
 
 def fit(args: argparse.Namespace) -> int:
     """Train, and print the table of errors on clouds kept apart."""
-    if args.out.is_file():
-        raise AttnbiasError(f"--out must be a folder, {args.out} is a file.")
+    may_be_folder(args.out)
     clouds, columns, about = _clouds(args)
     training, valid, test = split(clouds, args.seed)
     config = SolverConfig(

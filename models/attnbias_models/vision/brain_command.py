@@ -12,6 +12,7 @@ import torch
 
 from attnbias.errors import AttnbiasError
 from attnbias_models import store
+from attnbias_models.console import may_be_folder, writable
 from attnbias_models.training import Plan, seeded, train
 from attnbias_models.vision.brain import ROUTES, BrainEncoder, BrainEncoderConfig
 from attnbias_models.vision.responses import (
@@ -56,8 +57,7 @@ def add(commands: Any) -> None:
 
 def encode(args: argparse.Namespace) -> int:
     """Train, save, print how much of the variance is explained in each area."""
-    if args.out.exists() and not args.out.is_dir():
-        raise AttnbiasError(f"out must be a folder, got the file {args.out}.")
+    may_be_folder(args.out)
     data = moving_voxels(2000, args.seed)[0] if args.data == "simulated" else read(args.data)
     parts = data.split(args.seed)
     _, channels, height, width = data.features.shape
@@ -100,8 +100,7 @@ def respond(args: argparse.Namespace) -> int:
     model, _ = store.load(args.folder)
     if not isinstance(model, BrainEncoder):
         raise AttnbiasError(f"{args.folder} holds no brain encoder.")
-    if not args.out.parent.is_dir():
-        raise AttnbiasError(f"the folder of out, {args.out.parent}, is not there.")
+    writable(args.out)
     features = read_features(args.data)
     arrays = {"responses": predicted(model, features).numpy()}
     if model.config.route != "linear":

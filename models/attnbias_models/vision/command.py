@@ -20,6 +20,7 @@ from torch import nn
 
 from attnbias.errors import AttnbiasError
 from attnbias_models import store
+from attnbias_models.console import may_be_folder, writable
 from attnbias_models.training import Plan, seeded, train
 from attnbias_models.vision import brain_command
 from attnbias_models.vision.convit import ConViT
@@ -76,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def train_command(args: argparse.Namespace) -> int:
     """Train, save, print how well each part is classified."""
-    if args.out.exists() and not args.out.is_dir():
-        raise AttnbiasError(f"out must be a folder, got the file {args.out}.")
+    may_be_folder(args.out)
     parts = split(read(args.data).labelled(), args.seed, share=args.share)
     made = configured(args.model, parts, args.set)
     model: nn.Module = seeded(lambda: store.model_class(args.model)(made), args.seed)
@@ -160,8 +160,7 @@ def predict_command(args: argparse.Namespace) -> int:
             f"the model wants images of {' x '.join(map(str, wanted))} (channels, height, width), "
             f"got {got}."
         )
-    if not args.out.parent.is_dir():
-        raise AttnbiasError(f"the folder of out, {args.out.parent}, is not there.")
+    writable(args.out)
     classes = tuple(extra["classes"])
     labelled = None if pictures.labels is None else pictures.labelled(classes)
     mean, std = (torch.tensor(extra[name])[:, None, None] for name in ("mean", "std"))

@@ -208,7 +208,7 @@ def test_few_rows_no_file_no_target(tmp_path: Path) -> None:
     (tmp_path / "twice.csv").write_text("east,east,ph\n1,2,3\n", encoding="utf-8")
     with pytest.raises(AttnbiasError, match="must have one column 'east'"):
         table.read(tmp_path / "twice.csv", ["east", "ph"])
-    with pytest.raises(AttnbiasError, match="no folder"):
+    with pytest.raises(AttnbiasError, match="does not exist"):
         run("field", "predict", out, "--data", "a.csv", "--grid", "3", "--out", out / "b.csv")
     assert not out.exists()
 

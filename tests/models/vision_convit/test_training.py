@@ -176,7 +176,7 @@ def test_what_cannot_be_labelled_writes_nothing(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", images=np.zeros((1, 6, 8)), labels=np.array(["dots"]))
     with pytest.raises(AttnbiasError, match="'dots' is none of the model's"):
         call("predict", str(out), f"--data={tmp_path / 'd.npz'}", f"--out={table}")
-    with pytest.raises(AttnbiasError, match="is not there"):
+    with pytest.raises(AttnbiasError, match="does not exist"):
         call("predict", str(out), f"--data={tmp_path / 'a.npz'}", f"--out={table / 'y.csv'}")
     with pytest.raises(AttnbiasError, match="no model that can be read"):
         call("predict", str(tmp_path), f"--data={tmp_path / 'a.npz'}", f"--out={table}")

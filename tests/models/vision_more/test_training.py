@@ -180,7 +180,7 @@ def test_what_cannot_be_predicted_writes_nothing(tmp_path: Path) -> None:
     for folder, name, place, words in (
         ("digits", "b", answers, "holds no brain encoder"),
         ("brain", "a", answers, r"must have shape \(batch, 16, 8, 8\)"),
-        ("brain", "b", tmp_path / "nowhere" / "x.npz", "is not there"),
+        ("brain", "b", tmp_path / "nowhere" / "x.npz", "does not exist"),
     ):
         given = ("respond", str(tmp_path / folder), f"--data={tmp_path}/{name}.npz")
         with pytest.raises(AttnbiasError, match=words):
