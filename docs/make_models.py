@@ -23,6 +23,8 @@ BLOCK = re.compile(
     r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- end of results -->)", flags=re.DOTALL
 )
 
+GRIDS = re.compile(r"(<!-- grids -->\n).*?(<!-- end of grids -->)", flags=re.DOTALL)
+
 
 def number(value: float | None) -> str:
     """Four digits, and a thousand times as many where that is plainer."""
@@ -74,6 +76,26 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", ""])
 
 
+def grids(pages: Mapping[str, str], results: Path = RESULTS) -> str:
+    """Every grid that a page shows, by its question and how many of its claims hold."""
+    lines = ["", "| page | question | claims that hold |", "|---|---|---|"]
+    for name, text in pages.items():
+        title = text.partition("\n")[0].removeprefix("# ")
+        for block in BLOCK.finditer(text):
+            path = results / f"{block['name']}.json"
+            if not path.exists():
+                continue
+            result = json.loads(path.read_text(encoding="utf-8"))
+            claims = result["claims"]
+            held = f"{sum(claim['holds'] for claim in claims)} of {len(claims)}"
+            if not claims:
+                held = "see there"
+            if not result["complete"]:
+                held = "not measured whole"
+            lines.append(f"| [{title}]({name}) | {result['question']} | {held} |")
+    return "\n".join([*lines, "", ""])
+
+
 def page(text: str, results: Path = RESULTS) -> str:
     """A page with its tables made anew."""
 
@@ -89,7 +111,12 @@ def page(text: str, results: Path = RESULTS) -> str:
 
 def outputs() -> dict[Path, str]:
     """Every page and what it has to say."""
-    return {path: page(path.read_text(encoding="utf-8")) for path in sorted(PAGES.glob("*.md"))}
+    found = {path: page(path.read_text(encoding="utf-8")) for path in sorted(PAGES.glob("*.md"))}
+    table = grids({path.name: text for path, text in found.items()})
+    return {
+        path: GRIDS.sub(lambda block: f"{block[1]}{table}{block[2]}", text)
+        for path, text in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def test_a_claim_that_does_not_hold_is_said(make: ModuleType, tmp_path: Path) ->
     grid.run(path=tmp_path / "toy.json")
     text = make.page("x\n<!-- results: toy -->\nstale\n<!-- end of results -->\ny", tmp_path)
     assert "stale" not in text
-    assert "a is better (a beside b, error) | -1 [-1, -1] | 3 | **does not hold** |" in text
-    assert "b is (b beside a, error) | 1 [1, 1] | 3 | holds |" in text
+    assert "a is better (a beside b, error) | -1 | 3 | **does not hold** |" in text
+    assert "b is (b beside a, error) | 1 | 3 | holds |" in text
     assert make.page(text, tmp_path) == text
+    listed = make.grids({"toy.md": f"# Toys\n{text}", "none.md": "# None"}, tmp_path)
+    assert "| [Toys](toy.md) | Is it? | 1 of 2 |" in listed
     assert "Not measured yet." in make.page(text, tmp_path / "nowhere")
