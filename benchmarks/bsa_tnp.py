@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from benchmarks import common, neural_process
 
 MODULE = "benchmarks.bsa_tnp"
 SEED, REACH = 0, 32.0
@@ -289,17 +289,10 @@ def prices(page: str) -> str:
     if path.exists():
         one = json.loads(path.read_text(encoding="utf-8"))
         found, threads = one["found"], one["machine"].get("threads", "?")
-        rows = [
-            [f"{row['context']:,}", f"{row['test']:,}"]
-            + [f"{row[k]['read_seconds'] + row[k]['ask_seconds']:.2f}" for k in ("none", "rbf")]
-            + [row["extra_mb"], row["dense_mb"]]
-            for row in found["rows"]
-        ]
-        columns = ["context", "test", "s, no bias", "s, RBF", "extra MB", "bias as a tensor, MB"]
         said += [
             f"The published size of the model by the number of points (forward, {threads} "
             f"threads); memory grows with its power {found['memory_power']}:",
-            common.markdown_table(columns, rows),
+            neural_process.by_points(found["rows"]),
         ]
     if LIKELIHOODS.exists():
         said.append(

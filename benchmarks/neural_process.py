@@ -117,24 +117,29 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def markdown(payload: dict[str, Any]) -> str:
-    """The report."""
-    found = payload["found"]
-    parts = ["# A neural process by its number of points", common.header_markdown(payload)]
+def by_points(rows: Sequence[dict[str, Any]]) -> str:
+    """Seconds and memory by the number of points, as a table."""
     table = []
-    for row in found["rows"]:
+    for row in rows:
         seconds = [f"{row[k]['read_seconds'] + row[k]['ask_seconds']:.2f}" for k in LINES]
         table.append(
             [f"{row['context']:,}", f"{row['test']:,}", *seconds, row["extra_mb"], row["dense_mb"]]
         )
     head = ["context", "test", "s, no bias", "s, RBF", "extra MB", "bias as a tensor, MB"]
+    return common.markdown_table(head, table)
+
+
+def markdown(payload: dict[str, Any]) -> str:
+    """The report."""
+    found = payload["found"]
+    parts = ["# A neural process by its number of points", common.header_markdown(payload)]
     return (
         "\n\n".join(
             [
                 *parts,
                 f"The published model, {BLOCKS} blocks, float32, forward, in chunks of {CHUNK:,} "
                 "points. The memory is what the process rose by.",
-                common.markdown_table(head, table),
+                by_points(found["rows"]),
                 f"- Memory grows with the power {found['memory_power']} of the number of points "
                 "(1 is linear; a bias as a tensor has 2).",
                 f"- A chunk asked alone differs by {found['chunk_error']:.1e} of the largest mean.",
