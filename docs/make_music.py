@@ -92,6 +92,7 @@ def made(panel: Any, means: Mapping[str, Any]) -> None:
         range(len(there)), [LABELS.get(n, n).replace(" ", "\n") for n in there], fontsize=7
     )
     panel.set_ylabel("% of the follower's notes")
+    panel.set_ylim(0, 105)
 
 
 def memory(panel: Any, means: Mapping[str, Any]) -> None:
@@ -128,14 +129,16 @@ def picture(results: Mapping[str, Mapping[str, Any]], path: Path = PICTURE) -> N
         ("music_memory", "Attention, forward and backward", memory),
     ]
     wanted = [row for row in wanted if means[row[0]]]
-    figure = Figure(figsize=(3.2 * len(wanted), 3.5), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(wanted), 3.7), layout="constrained")
     panels = figure.subplots(1, len(wanted), squeeze=False)[0]
     for panel, (name, title, draw) in zip(panels, wanted, strict=True):
         draw(panel, means[name])
         panel.set_title(title, fontsize=9, loc="left")
         panel.grid(alpha=0.25)
-        if panel is panels[0] or draw is memory:
+        if draw is memory:
             panel.legend(fontsize=7, frameon=False)
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower left", ncols=len(lines[1]), fontsize=8, frameon=False)
     save_figure(figure, path)
 
 

@@ -16,7 +16,8 @@ from attnbias_models.vision.simulated import moving_voxels
 from experiments.grid import Claim, Grid
 
 VARIANTS = ("attention", "static", "linear", "ridge")
-# Tried by the closed form on the validation images: more than the others' two rates.
+FIXED = ", fixed places"  # the same encoder where places do not move, with a search of its own
+# Tried by the closed form on the validation images: more than the others' rates.
 PENALTIES = tuple(10.0**power for power in range(-3, 4))
 
 
@@ -76,10 +77,8 @@ def hits(model: BrainEncoder, features: Tensor, places: Tensor) -> float:
 
 def measure(variant: str, setting: Mapping[str, Any], seed: int) -> Mapping[str, float]:
     torch.set_num_threads(1)
-    rate = setting["learning_rate"]
-    moving = fitted(variant, rate, seed, 500, moving=True)
-    still = fitted(variant, rate, seed, 500, moving=False)
-    return {**moving, "r2_still": still["r2"]}
+    route, fixed, _ = variant.partition(FIXED)
+    return fitted(route, setting["learning_rate"], seed, 500, moving=not fixed)
 
 
 def reduced(seed: int) -> Mapping[str, float]:
@@ -98,9 +97,9 @@ GRIDS = (
             "generated: 32 voxels of 4 areas answer to the content at a marked place, drawn anew "
             "for each image (8 x 8 places, 16 features), with noise that leaves 0.8 of the "
             "variance to explain; 1,500 images to train on, 500 to validate, 1,000 to test; "
-            "and the same with places that are fixed (r2_still)"
+            "and the same with places that are the same in all images"
         ),
-        variants=VARIANTS,
+        variants=(*VARIANTS, *(f"{variant}{FIXED}" for variant in VARIANTS)),
         measure=measure,
         claims=(
             Claim("Attention explains more than static maps", "r2", "attention", "static", False),
@@ -113,14 +112,14 @@ GRIDS = (
             Claim("Its maps hit the planted place", "hits", "attention", "static", False, 0.5),
             Claim(
                 "Where places are fixed, it is no worse than static maps by 0.02",
-                "r2_still",
-                "attention",
-                "static",
+                "r2",
+                f"attention{FIXED}",
+                f"static{FIXED}",
                 False,
                 -0.02,
             ),
         ),
-        search=tuple({"learning_rate": rate} for rate in (3e-3, 1e-2)),
+        search=tuple({"learning_rate": rate} for rate in (3e-3, 1e-2, 3e-2)),
         seeds=(0, 1, 2, 3, 4),
         reduced=reduced,
         note=(
