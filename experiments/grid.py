@@ -53,8 +53,8 @@ class Grid:
         work: the id in the catalogue of the work that the claims are of.
         question: what is asked, in one sentence; `data` says on what.
         variants: names; each is measured under the same settings and seeds.
-        search: settings that every variant is tried with on the first seed; the one with the
-            smallest ``"validation"`` is taken for all seeds. One setting: no search.
+        search: settings that every variant is tried with on the first `tried` seeds; the one with
+            the smallest mean ``"validation"`` is taken for all seeds. One setting: no search.
         measure: ``(variant, setting, seed)`` to numbers by name (plain floats; ``"validation"``
             among them where there is a search). Deterministic for a machine.
         claims: what is compared.
@@ -74,6 +74,7 @@ class Grid:
     claims: Sequence[Claim]
     search: Sequence[Mapping[str, Any]] = ({},)
     seeds: Sequence[int] = (0, 1, 2)
+    tried: int = 1
     reduced: Callable[[int], Mapping[str, float]] | None = None
     reduced_seeds: Sequence[int] = (0, 1, 2, 3, 4, 5)
     sources: Sequence[str] = ("models", "experiments/grid.py")
@@ -135,8 +136,9 @@ class Grid:
                     yield "reduced", "", {}, seed
         for setting in self.search:
             for variant in self.variants:
-                if not there(variant, setting, self.seeds[0]):
-                    yield "search", variant, setting, self.seeds[0]
+                for seed in self.seeds[: self.tried]:
+                    if not there(variant, setting, seed):
+                        yield "search", variant, setting, seed
         for seed in self.seeds:
             for variant in self.variants:
                 taken = self.taken(cells, variant)
@@ -149,14 +151,14 @@ class Grid:
             return self.search[0]
         found = []
         for setting in self.search:
-            for cell in cells:
-                if (cell["variant"], cell["setting"]) == (variant, dict(setting)) and (
-                    cell["seed"] == self.seeds[0]
-                ):
-                    found.append((cell["numbers"]["validation"], setting))
-                    break
-        if len(found) < len(self.search):
-            return None
+            values = {
+                cell["seed"]: cell["numbers"]["validation"]
+                for cell in cells
+                if (cell["variant"], cell["setting"]) == (variant, dict(setting))
+            }
+            if not set(self.seeds[: self.tried]) <= set(values):
+                return None
+            found.append((mean(values[seed] for seed in self.seeds[: self.tried]), setting))
         return min(found, key=lambda pair: pair[0])[1]
 
     def rows(self, cells: list[dict[str, Any]], variant: str) -> dict[int, dict[str, float]]:

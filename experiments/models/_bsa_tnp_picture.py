@@ -20,7 +20,8 @@ WHERE = {
     "nll_scaled": "doubled",
     "nll_turned": "turned",
 }
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
+COLOURS = ("#4477aa", "#ee6677", "#ccbb44", "#aa3377")
+CONTROL = "#888888"  # told coordinates in place of a bias
 
 
 def draw() -> Any:
@@ -52,7 +53,7 @@ def _bars(place: Any, means: dict[str, Any]) -> None:
             error = None if low is None else mean - low
             label = variant if at == 0 else None
             x = at + (which - (count - 1) / 2) * 0.8 / count
-            colour = COLOURS[which % len(COLOURS)]
+            colour = CONTROL if variant == "coordinates" else COLOURS[which % len(COLOURS)]
             place.bar(x, mean, 0.75 / count, yerr=error, color=colour, label=label, capsize=2)
     exact = [
         row["nll"]["mean"] - row["above_exact"]["mean"]
@@ -64,6 +65,8 @@ def _bars(place: Any, means: dict[str, Any]) -> None:
     place.axhline(0, color="black", lw=0.5)
     place.set_xticks(range(len(numbers)), [WHERE[name] for name in numbers])
     if means and numbers:
+        low, high = place.get_ylim()
+        place.set_ylim(low, high + 0.25 * (high - low))  # room for the names
         place.legend(fontsize=7, frameon=False, ncols=2)
 
 

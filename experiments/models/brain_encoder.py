@@ -121,12 +121,15 @@ GRIDS = (
         ),
         search=tuple({"learning_rate": rate} for rate in (3e-3, 1e-2, 3e-2)),
         seeds=(0, 1, 2, 3, 4),
+        tried=3,  # a rate that serves one seed may fail the next
         reduced=reduced,
         note=(
             "Simulated, and made so that a place moves: it shows that the encoder does what it is "
             "for, not that brains do it. Voxels of one area share a place. Ridge regression has "
             "seven penalties to choose from on the validation images, and takes no rate. "
-            "hits of a linear model and of ridge regression do not exist."
+            "hits of a linear model and of ridge regression do not exist. Rates are searched over "
+            "three seeds: over one, the search took a rate for attention at which other seeds miss "
+            "half of their places (R2 0.61 in place of 0.78)."
         ),
     ),
 )

@@ -62,6 +62,22 @@ def test_every_variant_is_searched_alike_and_cells_are_run_once(tmp_path: Path) 
     assert len(CALLS) == 10
 
 
+def test_a_setting_may_be_searched_over_several_seeds(tmp_path: Path) -> None:
+    def luck(variant: str, setting: Mapping[str, Any], seed: int) -> Mapping[str, float]:
+        CALLS.append((variant, setting["rate"], seed))
+        good_for_one = setting["rate"] == 1.0 and seed == 0
+        return {"validation": 0.0 if good_for_one else setting["rate"], "error": 1.0}
+
+    grid = dataclasses.replace(GRID, measure=luck, reduced=None, search=GRID.search[:2])
+    assert grid.run(path=tmp_path / "one.json")["means"]["good"]["setting"] == {"rate": 1.0}
+    far = tuple({"rate": rate} for rate in (1.0, 0.3))
+    both = dataclasses.replace(grid, search=far, tried=3)
+    CALLS.clear()
+    found = both.run(path=tmp_path / "three.json")
+    assert found["means"]["good"]["setting"] == {"rate": 0.3}
+    assert len(CALLS) == 2 * 2 * 3  # every cell of the search is also a cell of the result
+
+
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "toy.json"
     GRID.run(path=path)
