@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from attnbias.hub.call import Call
 
 
-def shifted(call: Call, weight: Tensor | None, query: Tensor | None = None) -> Tensor | None:
+def shifted(
+    call: Call, weight: Tensor | None, query: Tensor | None = None, *, every: bool = False
+) -> Tensor | None:
     """The stock output with `weight` added to the scores, or None where it cannot be had so.
 
     Rows of heads that see no key with a weight are the stock output bit for bit.
@@ -31,6 +33,7 @@ def shifted(call: Call, weight: Tensor | None, query: Tensor | None = None) -> T
         weight: ``(batch | 1, heads | 1, keys)`` in float32 (float64); None adds nothing.
         query: other queries than the call's, of the same shape; rows that are the same keep their
             bits.
+        every: all rows of all heads have a key with a weight, so that none needs its stock bits.
 
     Returns:
         ``(batch, queries, heads, value size)``.
@@ -38,7 +41,9 @@ def shifted(call: Call, weight: Tensor | None, query: Tensor | None = None) -> T
     query = call.query if query is None else query
     if query.requires_grad or query.dtype != call.query.dtype or query.stride(-1) != 1:
         return None
-    return _one(call, weight, query) if query.shape[2] == 1 else _many(call, weight, query)
+    if query.shape[2] > 1:
+        return _many(call, weight, query)
+    return _one(call, weight, query, every)
 
 
 # Many queries -------------------------------------------------------------------------------------
@@ -105,11 +110,15 @@ def neutral(dtype: torch.dtype) -> bool:
 # One query ----------------------------------------------------------------------------------------
 
 
-def _one(call: Call, weight: Tensor | None, query: Tensor) -> Tensor | None:
+def _one(call: Call, weight: Tensor | None, query: Tensor, every: bool) -> Tensor | None:
     if not is_shared(call, least=1):
         return None
     route = _route(call)
-    return None if route is None else _run(call, weight, query, route)
+    if route is None:
+        return None
+    if every and call.stock_mask() is None:
+        route = "packed"  # keys are read once for a group of heads; the bits are free here
+    return _run(call, weight, query, route)
 
 
 def _route(call: Call) -> str | None:

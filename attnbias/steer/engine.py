@@ -61,9 +61,9 @@ def edited(call: Call, active: Sequence[Active]) -> Edited:
     moves = [item for item in active if item.uses("reallocate")]
     short = shift(edit) if _SKIP and not moves else None
     if short is not None:
-        some, output = short
+        some, output, every = short
         if alike is not None and call.shared is not None:
-            call.shared[alike] = edit.biases if some else None
+            call.shared[alike] = (edit.biases, every) if some else None
     else:
         some, output = _long(edit, active, moves)
     for item in active:
@@ -100,10 +100,11 @@ def _again(call: Call, alike: Hashable) -> Edited | None:
     """What became of the same token in a layer before, on this layer's vectors."""
     if call.shared is None or alike not in call.shared:
         return None
-    bias = call.shared[alike]
-    if bias is None:
+    kept = call.shared[alike]
+    if kept is None:
         return Edited(None, None, call)
-    output = shifted(call, bias.weight)
+    bias, every = kept
+    output = shifted(call, bias.weight, every=every)
     return None if output is None else Edited(output, None, call)
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from attnbias.steer.edit import Edit
 
 
-def shift(edit: Edit) -> tuple[bool, Tensor | None] | None:
-    """Whether a row is changed, and the output; None where biases and vectors need more.
+def shift(edit: Edit) -> tuple[bool, Tensor | None, bool] | None:
+    """Whether a row is changed, the output, and whether every row has a key that is moved; None
+    where biases and vectors need more.
 
     Which rows see a changed key need not be known here: the operator's output keeps its bits where
     the sum of the biases is 0 and the query is the model's own.
@@ -30,6 +31,7 @@ def shift(edit: Edit) -> tuple[bool, Tensor | None] | None:
     asked = edit.query is not call.query
     some = asked and bool(edit.touched.any())
     weight: Tensor | None = None
+    every = False
     if bias is not None:
         if not isinstance(bias, KeyBias) or bias.requires_grad:
             return None
@@ -39,16 +41,17 @@ def shift(edit: Edit) -> tuple[bool, Tensor | None] | None:
         moved = weight != 0
         if call.padded:
             moved = moved & (call.key_positions >= 0)[:, None]
-        if bool(moved.any()):
-            some = True
+        moved_rows = moved.any(-1)
+        if bool(moved_rows.any()):
+            some, every = True, not asked and bool(moved_rows.all())
             if call.padded and _see(call.query_positions < 0, moved, call):
                 return None
     if not some:
-        return False, None
+        return False, None, False
     if asked and call.padded and bool((edit.touched & _padding(call)).any()):
         return None
-    output = shifted(call, weight, edit.query)
-    return None if output is None else (True, output)
+    output = shifted(call, weight, edit.query, every=every)
+    return None if output is None else (True, output, every)
 
 
 def _padding(call: Call) -> Tensor:

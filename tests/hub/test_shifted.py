@@ -181,8 +181,8 @@ def test_with_gradients_to_the_bias_or_the_model_the_long_route() -> None:
     taken: list[Any] = []
     real = shifted.shifted
 
-    def watched(*given: Any) -> Any:
-        taken.append(real(*given))
+    def watched(*given: Any, **named: Any) -> Any:
+        taken.append(real(*given, **named))
         return taken[-1]
 
     rule = ab.rules.KeyShift(keys=KEYS, amount=2.0, heads=ODD)
@@ -190,3 +190,36 @@ def test_with_gradients_to_the_bias_or_the_model_the_long_route() -> None:
         model(**inputs).logits.sum().backward()
     assert taken
     assert all(one is None for one in taken)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", ["all", ODD])
+def test_a_token_whose_rows_are_all_moved_reads_keys_once_for_a_group(heads: Any) -> None:
+    model, inputs = llama(), text(40)
+    rule = ab.rules.KeyShift(keys=KEYS, amount=2.0, heads=heads)
+    routes: list[str] = []
+    real = shifted._run
+
+    def watched(call: Call, weight: Any, query: Tensor, route: str) -> Tensor:
+        routes.append(route)
+        return real(call, weight, query, route)
+
+    def run() -> Tensor:
+        with ab.steer(model, rule):
+            cache = model(**inputs, use_cache=True).past_key_values
+            token = torch.full((2, 1), 7)
+            routes.clear()
+            found: Tensor = model(input_ids=token, past_key_values=cache).logits
+        return found
+
+    plain = model(input_ids=torch.cat([inputs["input_ids"], torch.full((2, 1), 7)], 1)).logits[
+        :, -1:
+    ]
+    with mock.patch.object(shifted, "_run", watched):
+        short = run()
+    taken = routes[-1]
+    with mock.patch.object(engine, "shift", return_value=None):
+        long = run()
+    torch.testing.assert_close(short, long)
+    assert (short - plain).abs().max() > 1e-4  # leaving the rule out would be seen
+    assert taken == ("packed" if heads == "all" else "grouped")
