@@ -33,6 +33,7 @@ ORDER = (
     "benchmarks.observe",
     "benchmarks.observe_peers",
     "benchmarks.steer",
+    "benchmarks.steer_tokens",
     "benchmarks.fuse",
     "benchmarks.page",
     "benchmarks.solver",

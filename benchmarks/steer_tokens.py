@@ -1,6 +1,6 @@
 """What steering costs a decoded token, by turns with the plain model: a ratio for each pair.
 
-    python -m benchmarks.steer_tokens [--only N ...]
+    python -m benchmarks.steer_tokens [--quick] [--only N ...]
 
 The lines and the model of `benchmarks.steer`. There a line's tokens follow its prefill and are
 compared with tokens of the plain model taken minutes before or after, whose times differ by more
@@ -28,6 +28,7 @@ from benchmarks.steer_lines import GOALS, LINES, model
 
 MODULE = "benchmarks.steer_tokens"
 LENGTHS = (2048, 4096)
+QUICK_LENGTHS = (128,)
 PAIRS, WARM = 60, 4  # pairs of tokens, and how many of them come first and are not counted
 
 
@@ -105,9 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     made = argparse.ArgumentParser(prog=f"python -m {MODULE}")
     made.add_argument("--only", type=int, nargs="+", default=LENGTHS, metavar="N")
+    made.add_argument(
+        "--quick", action="store_true", help="a short prompt, written to out/ instead"
+    )
     args = made.parse_args(given)
+    lengths = QUICK_LENGTHS if args.quick else tuple(args.only)
     started, begin = common.now(), time.perf_counter()
-    found = {str(length): measure(length) for length in args.only}
+    found = {str(length): measure(length) for length in lengths}
     head = common.header(
         MODULE,
         given,
@@ -118,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     payload = {**head, "lengths": found}
     path = common.SCRATCH / "quick_steer_tokens.json"
-    if tuple(args.only) == LENGTHS:
+    if lengths == LENGTHS:
         path = common.recorded_or_scratch("steer_tokens.json", common.machine())
     common.write_result(path, payload, markdown(payload))
     print(path.with_suffix(".md").read_text(encoding="utf-8"))
